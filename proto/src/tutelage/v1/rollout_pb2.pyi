@@ -1,0 +1,82 @@
+from tutelage.v1 import teacher_pb2 as _teacher_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Rollout(_message.Message):
+    __slots__ = ("response_ids", "behaviour_logprobs", "candidate_ids", "num_candidates", "reward", "finished", "text")
+    RESPONSE_IDS_FIELD_NUMBER: _ClassVar[int]
+    BEHAVIOUR_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATE_IDS_FIELD_NUMBER: _ClassVar[int]
+    NUM_CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    REWARD_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    response_ids: bytes
+    behaviour_logprobs: bytes
+    candidate_ids: bytes
+    num_candidates: int
+    reward: float
+    finished: bool
+    text: str
+    def __init__(self, response_ids: _Optional[bytes] = ..., behaviour_logprobs: _Optional[bytes] = ..., candidate_ids: _Optional[bytes] = ..., num_candidates: _Optional[int] = ..., reward: _Optional[float] = ..., finished: bool = ..., text: _Optional[str] = ...) -> None: ...
+
+class Group(_message.Message):
+    __slots__ = ("id", "run", "index", "policy_version", "prompt_ids", "rollouts", "temperature", "prompt_text", "traceparent", "sampled_by")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    POLICY_VERSION_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
+    ROLLOUTS_FIELD_NUMBER: _ClassVar[int]
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TEXT_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    SAMPLED_BY_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    run: str
+    index: int
+    policy_version: int
+    prompt_ids: bytes
+    rollouts: _containers.RepeatedCompositeFieldContainer[Rollout]
+    temperature: float
+    prompt_text: str
+    traceparent: str
+    sampled_by: str
+    def __init__(self, id: _Optional[str] = ..., run: _Optional[str] = ..., index: _Optional[int] = ..., policy_version: _Optional[int] = ..., prompt_ids: _Optional[bytes] = ..., rollouts: _Optional[_Iterable[_Union[Rollout, _Mapping]]] = ..., temperature: _Optional[float] = ..., prompt_text: _Optional[str] = ..., traceparent: _Optional[str] = ..., sampled_by: _Optional[str] = ...) -> None: ...
+
+class ViewRequest(_message.Message):
+    __slots__ = ("view", "teacher", "pins", "signal", "contexts")
+    VIEW_FIELD_NUMBER: _ClassVar[int]
+    TEACHER_FIELD_NUMBER: _ClassVar[int]
+    PINS_FIELD_NUMBER: _ClassVar[int]
+    SIGNAL_FIELD_NUMBER: _ClassVar[int]
+    CONTEXTS_FIELD_NUMBER: _ClassVar[int]
+    view: str
+    teacher: str
+    pins: _teacher_pb2.Pins
+    signal: _teacher_pb2.Signal
+    contexts: _containers.RepeatedCompositeFieldContainer[_teacher_pb2.Context]
+    def __init__(self, view: _Optional[str] = ..., teacher: _Optional[str] = ..., pins: _Optional[_Union[_teacher_pb2.Pins, _Mapping]] = ..., signal: _Optional[_Union[_teacher_pb2.Signal, _Mapping]] = ..., contexts: _Optional[_Iterable[_Union[_teacher_pb2.Context, _Mapping]]] = ...) -> None: ...
+
+class SampleOrder(_message.Message):
+    __slots__ = ("id", "run", "first_group", "num_groups", "policy_version", "exact", "evaluation")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    FIRST_GROUP_FIELD_NUMBER: _ClassVar[int]
+    NUM_GROUPS_FIELD_NUMBER: _ClassVar[int]
+    POLICY_VERSION_FIELD_NUMBER: _ClassVar[int]
+    EXACT_FIELD_NUMBER: _ClassVar[int]
+    EVALUATION_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    run: str
+    first_group: int
+    num_groups: int
+    policy_version: int
+    exact: bool
+    evaluation: bool
+    def __init__(self, id: _Optional[str] = ..., run: _Optional[str] = ..., first_group: _Optional[int] = ..., num_groups: _Optional[int] = ..., policy_version: _Optional[int] = ..., exact: bool = ..., evaluation: bool = ...) -> None: ...

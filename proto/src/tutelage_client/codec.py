@@ -1,0 +1,278 @@
+"""Between numpy types and protobuf messages; the only place that knows the wire layout.
+
+Decoding views the message's bytes without a copy, so decoded arrays are read-only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tutelage.v1 import teacher_pb2 as pb
+from tutelage_client import types as t
+from tutelage_client.errors import invalid
+
+_FLOAT = {pb.ENCODING_UNSPECIFIED: "<f4", pb.ENCODING_FLOAT32: "<f4", pb.ENCODING_FLOAT16: "<f2"}
+_ENCODING: dict[t.EncodingName, pb.Encoding] = {
+    "float32": pb.ENCODING_FLOAT32,
+    "float16": pb.ENCODING_FLOAT16,
+}
+
+
+def pack_ids(ids: t.TokenIds, name: str = "ids") -> bytes:
+    """Token ids of any integer type as little-endian int32 bytes."""
+    return as_ids(ids, name).astype("<i4", copy=False).tobytes()
+
+
+def as_ids(ids: t.TokenIds, name: str = "ids") -> t.Int32Array:
+    """Token ids as a contiguous int32 array; refuses floats and values outside int32."""
+    array = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids))
+    if array.size == 0:
+        return array.astype(np.int32)
+    if array.dtype.kind not in "iu":
+        raise invalid(f"{name}: got an array of {array.dtype}, token ids must be integers")
+    if array.max() > np.iinfo(np.int32).max or array.min() < np.iinfo(np.int32).min:
+        raise invalid(f"{name}: got ids from {array.min()} to {array.max()}, which is outside int32")
+    return np.ascontiguousarray(array, dtype=np.int32)
+
+
+def unpack_ids(data: bytes, name: str, columns: int | None = None) -> t.Int32Array:
+    """Little-endian int32 bytes as [N], or as [N, columns]."""
+    width = 4 * (1 if columns is None else columns)
+    if width == 0 or len(data) % width:
+        raise invalid(f"{name}: got {len(data)} bytes, must be a multiple of {width}")
+    array = np.frombuffer(data, dtype="<i4")
+    return array if columns is None else array.reshape(-1, columns)
+
+
+def signal_to_proto(signal: t.Signal) -> pb.Signal:
+    return pb.Signal(
+        sampled=signal.sampled,
+        top_k=signal.top_k,
+        candidates=signal.candidates,
+        entropy=signal.entropy,
+        temperature=signal.temperature,
+        encoding=_ENCODING[signal.encoding],
+    )
+
+
+def signal_from_proto(message: pb.Signal) -> t.Signal:
+    if message.encoding not in _FLOAT:
+        raise invalid(f"signal.encoding: got {message.encoding}, allowed are 1 (float32) and 2 (float16)")
+    return t.Signal(
+        sampled=message.sampled,
+        top_k=message.top_k,
+        candidates=message.candidates,
+        entropy=message.entropy,
+        temperature=message.temperature or 1.0,
+        encoding="float16" if message.encoding == pb.ENCODING_FLOAT16 else "float32",
+    )
+
+
+def pins_to_proto(pins: t.Pins) -> pb.Pins:
+    return pb.Pins(
+        tokenizer_fingerprint=pins.tokenizer_fingerprint,
+        revision=pins.revision,
+        weights_version=pins.weights_version,
+    )
+
+
+def pins_from_proto(message: pb.Pins) -> t.Pins:
+    return t.Pins(
+        tokenizer_fingerprint=message.tokenizer_fingerprint
+        if message.HasField("tokenizer_fingerprint")
+        else None,
+        revision=message.revision if message.HasField("revision") else None,
+        weights_version=message.weights_version if message.HasField("weights_version") else None,
+    )
+
+
+def request_to_proto(request: t.ScoreRequest) -> pb.ScoreRequest:
+    return pb.ScoreRequest(
+        request_id=request.request_id,
+        teacher=request.teacher,
+        pins=pins_to_proto(request.pins),
+        contexts=[pb.Context(ids=pack_ids(ids, f"contexts[{i}]")) for i, ids in enumerate(request.contexts)],
+        sequences=[_sequence_to_proto(sequence) for sequence in request.sequences],
+        signal=signal_to_proto(request.signal),
+    )
+
+
+def _sequence_to_proto(sequence: t.Sequence) -> pb.Sequence:
+    message = pb.Sequence(
+        id=sequence.id,
+        context=sequence.context,
+        response_ids=pack_ids(sequence.response_ids, f"sequence {sequence.id!r} response_ids"),
+    )
+    if sequence.candidate_ids is not None:
+        name = f"sequence {sequence.id!r} candidate_ids"
+        if sequence.candidate_ids.ndim != 2:
+            raise invalid(f"{name}: got shape {list(sequence.candidate_ids.shape)}, must be [R, C]")
+        message.candidate_ids = pack_ids(sequence.candidate_ids, name)
+        message.num_candidates = sequence.candidate_ids.shape[1]
+    return message
+
+
+def request_from_proto(message: pb.ScoreRequest) -> t.ScoreRequest:
+    """Decode without judging: values are checked against a teacher's limits by the server."""
+    return t.ScoreRequest(
+        contexts=tuple(unpack_ids(c.ids, f"contexts[{i}].ids") for i, c in enumerate(message.contexts)),
+        sequences=tuple(_sequence_from_proto(i, s) for i, s in enumerate(message.sequences)),
+        signal=signal_from_proto(message.signal),
+        teacher=message.teacher,
+        pins=pins_from_proto(message.pins),
+        request_id=message.request_id,
+    )
+
+
+def _sequence_from_proto(index: int, message: pb.Sequence) -> t.Sequence:
+    name = f"sequences[{index}]"
+    candidates = None
+    if message.num_candidates or message.candidate_ids:
+        if message.num_candidates < 1:
+            raise invalid(f"{name}.num_candidates: got {message.num_candidates}, must be at least 1")
+        candidates = unpack_ids(message.candidate_ids, f"{name}.candidate_ids", message.num_candidates)
+    return t.Sequence(
+        id=message.id,
+        context=message.context,
+        response_ids=unpack_ids(message.response_ids, f"{name}.response_ids"),
+        candidate_ids=candidates,
+    )
+
+
+def identity_to_proto(identity: t.Identity) -> pb.Identity:
+    return pb.Identity(**{name: getattr(identity, name) for name in t.Identity.__slots__})
+
+
+def identity_from_proto(message: pb.Identity) -> t.Identity:
+    return t.Identity(**{name: getattr(message, name) for name in t.Identity.__slots__})
+
+
+def teacher_to_proto(teacher: t.Teacher) -> pb.GetTeacherResponse:
+    limits = pb.Limits(**{name: getattr(teacher.limits, name) for name in t.Limits.__slots__})
+    return pb.GetTeacherResponse(
+        identity=identity_to_proto(teacher.identity), limits=limits, ready=teacher.ready
+    )
+
+
+def teacher_from_proto(message: pb.GetTeacherResponse) -> t.Teacher:
+    limits = t.Limits(**{name: getattr(message.limits, name) for name in t.Limits.__slots__})
+    return t.Teacher(identity=identity_from_proto(message.identity), limits=limits, ready=message.ready)
+
+
+def _floats(array: t.FloatArray | None, dtype: str) -> bytes:
+    return b"" if array is None else array.astype(dtype, copy=False).tobytes()
+
+
+def score_to_proto(score: t.Score, encoding: t.EncodingName = "float32") -> pb.ScoreResponse:
+    return pb.ScoreResponse(
+        request_id=score.request_id,
+        identity=identity_to_proto(score.identity),
+        sequences=[_sequence_score_to_proto(s, encoding) for s in score.sequences],
+        usage=pb.Usage(**{name: getattr(score.usage, name) for name in t.Usage.__slots__}),
+    )
+
+
+def _sequence_score_to_proto(score: t.SequenceScore, encoding: t.EncodingName) -> pb.SequenceScore:
+    if score.error is not None:
+        error = pb.SequenceError(code=score.error.code, message=score.error.message)
+        return pb.SequenceScore(id=score.id, error=error)
+    assert score.valid is not None
+    wire = _ENCODING[encoding]
+    return pb.SequenceScore(
+        id=score.id,
+        num_positions=score.num_positions,
+        top_k=0 if score.top_ids is None else score.top_ids.shape[1],
+        num_candidates=0 if score.candidate_logprobs is None else score.candidate_logprobs.shape[1],
+        encoding=wire,
+        sampled=_floats(score.sampled, _FLOAT[wire]),
+        top_ids=b"" if score.top_ids is None else score.top_ids.astype("<i4", copy=False).tobytes(),
+        top_logprobs=_floats(score.top_logprobs, _FLOAT[wire]),
+        candidate_logprobs=_floats(score.candidate_logprobs, _FLOAT[wire]),
+        entropy=_floats(score.entropy, _FLOAT[wire]),
+        valid=score.valid.astype(np.uint8, copy=False).tobytes(),
+    )
+
+
+def score_from_proto(message: pb.ScoreResponse) -> t.Score:
+    """Decode an answer; raises TutelageError when an array does not have its stated shape."""
+    return t.Score(
+        sequences=tuple(_sequence_score_from_proto(s) for s in message.sequences),
+        identity=identity_from_proto(message.identity),
+        usage=t.Usage(**{name: getattr(message.usage, name) for name in t.Usage.__slots__}),
+        request_id=message.request_id,
+    )
+
+
+def _sequence_score_from_proto(message: pb.SequenceScore) -> t.SequenceScore:
+    if message.HasField("error"):
+        return t.SequenceScore(message.id, t.SequenceError(message.error.code, message.error.message))
+    rows, top_k, candidates = message.num_positions, message.top_k, message.num_candidates
+    dtype = _FLOAT[message.encoding]
+
+    def array(field: str, data: bytes, kind: str, columns: int | None = None) -> npt.NDArray[Any] | None:
+        if not data or columns == 0:
+            return None
+        shape = (rows,) if columns is None else (rows, columns)
+        flat = np.frombuffer(data, dtype=kind)
+        if flat.size != int(np.prod(shape)):
+            raise invalid(f"sequence {message.id!r} {field}: got {flat.size} values for shape {list(shape)}")
+        return flat.reshape(shape)
+
+    valid = array("valid", message.valid, "u1")
+    return t.SequenceScore(
+        id=message.id,
+        sampled=array("sampled", message.sampled, dtype),
+        top_ids=array("top_ids", message.top_ids, "<i4", top_k),
+        top_logprobs=array("top_logprobs", message.top_logprobs, dtype, top_k),
+        candidate_logprobs=array("candidate_logprobs", message.candidate_logprobs, dtype, candidates),
+        entropy=array("entropy", message.entropy, dtype),
+        valid=None if valid is None else valid.view(np.bool_),
+    )
+
+
+def build_request(
+    contexts: Iterable[t.TokenIds],
+    responses: Iterable[t.TokenIds],
+    *,
+    context_index: Iterable[int] | None = None,
+    candidate_ids: Iterable[t.Int32Array] | None = None,
+    signal: t.Signal | None = None,
+    teacher: str = "",
+    pins: t.Pins | None = None,
+    request_id: str = "",
+) -> t.ScoreRequest:
+    """A request from plain lists of ids.
+
+    Without `context_index`, one context serves every response, and as many contexts as
+    responses pair up one to one.
+    """
+    context_arrays = tuple(as_ids(ids, f"contexts[{i}]") for i, ids in enumerate(contexts))
+    response_arrays = [as_ids(ids, f"responses[{i}]") for i, ids in enumerate(responses)]
+    count = len(response_arrays)
+    if context_index is not None:
+        index = list(context_index)
+    elif len(context_arrays) == 1:
+        index = [0] * count
+    else:
+        index = list(range(count))
+    if len(index) != count or (context_index is None and len(context_arrays) not in (1, count)):
+        raise invalid(
+            f"contexts: got {len(context_arrays)} contexts and {len(index)} indices for {count} "
+            "responses; give one context, one per response, or context_index"
+        )
+    candidates = list(candidate_ids) if candidate_ids is not None else [None] * count
+    if len(candidates) != count:
+        raise invalid(f"candidate_ids: got {len(candidates)} arrays for {count} responses")
+    return t.ScoreRequest(
+        contexts=context_arrays,
+        sequences=tuple(
+            t.Sequence(str(i), index[i], ids, candidates[i]) for i, ids in enumerate(response_arrays)
+        ),
+        signal=signal or t.Signal(),
+        teacher=teacher,
+        pins=pins or t.Pins(),
+        request_id=request_id,
+    )

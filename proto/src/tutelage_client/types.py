@@ -1,0 +1,156 @@
+"""The words of the contract as numpy types.
+
+Shapes: B sequences, R response positions of one sequence, K top ids, C candidate ids.
+Position t predicts response token t from context + response[:t]. Log-probabilities are
+natural logarithms in nats; float32 arrays unless the encoding says float16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Int32Array: TypeAlias = npt.NDArray[np.int32]
+FloatArray: TypeAlias = npt.NDArray[np.float32] | npt.NDArray[np.float16]
+BoolArray: TypeAlias = npt.NDArray[np.bool_]
+TokenIds: TypeAlias = "Int32Array | Iterable[int]"
+EncodingName: TypeAlias = Literal["float32", "float16"]
+
+PAD_ID = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """What is asked at every response position; all of it comes from one forward pass."""
+
+    sampled: bool = True
+    top_k: int = 0
+    candidates: bool = False
+    entropy: bool = False
+    temperature: float = 1.0
+    encoding: EncodingName = "float32"
+
+
+@dataclass(frozen=True, slots=True)
+class Pins:
+    """Conditions that must hold before anything is scored; None leaves one open."""
+
+    tokenizer_fingerprint: str | None = None
+    revision: str | None = None
+    weights_version: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """One response to score under one of the request's contexts."""
+
+    id: str
+    context: int
+    response_ids: Int32Array  # [R]
+    candidate_ids: Int32Array | None = None  # [R, C], PAD_ID where there is none
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRequest:
+    """A batch: contexts are sent once and shared by index."""
+
+    contexts: tuple[Int32Array, ...]  # each [P], P >= 1
+    sequences: tuple[Sequence, ...]
+    signal: Signal = field(default_factory=Signal)
+    teacher: str = ""
+    pins: Pins = field(default_factory=Pins)
+    request_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceError:
+    """Why one sequence (or a whole request) was refused: a gRPC status name and a sentence."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceScore:
+    """The answer for one sequence: either `error`, or arrays over its R positions.
+
+    Where `valid` is False the engine had no finite score, every float there is NaN and the
+    position must be masked.
+    """
+
+    id: str
+    error: SequenceError | None = None
+    sampled: FloatArray | None = None  # [R]
+    top_ids: Int32Array | None = None  # [R, K], most probable first
+    top_logprobs: FloatArray | None = None  # [R, K]
+    candidate_logprobs: FloatArray | None = None  # [R, C], NaN at pads
+    entropy: FloatArray | None = None  # [R]
+    valid: BoolArray | None = None  # [R]
+
+    @property
+    def num_positions(self) -> int:
+        return 0 if self.valid is None else int(self.valid.shape[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Exactly what produced a score."""
+
+    name: str
+    model: str
+    revision: str
+    weights_version: int
+    tokenizer_fingerprint: str
+    vocab_size: int
+    engine: str
+    engine_version: str
+    dtype: str
+    head_dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a teacher accepts; published by GetTeacher and enforced before the engine."""
+
+    max_sequences: int = 1024
+    max_sequence_tokens: int = 32_768
+    max_request_tokens: int = 1_048_576
+    max_top_k: int = 256
+    max_candidates: int = 256
+    max_message_bytes: int = 256 * 1024 * 1024
+    entropy: bool = True
+    temperature: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a request cost."""
+
+    positions: int = 0
+    tokens_computed: int = 0
+    tokens_reused: int = 0
+    queue_ms: float = 0.0
+    compute_ms: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """The answer to one ScoreRequest, sequences in request order."""
+
+    sequences: tuple[SequenceScore, ...]
+    identity: Identity
+    usage: Usage = field(default_factory=Usage)
+    request_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Teacher:
+    """The answer to GetTeacher."""
+
+    identity: Identity
+    limits: Limits
+    ready: bool

@@ -1,0 +1,1 @@
+"""Causal language models in PyTorch: loading, fingerprints and the packed forward pass."""

@@ -1,0 +1,1 @@
+"""Durable streams of jobs on Valkey or Redis."""

@@ -1,0 +1,1 @@
+"""The teacher replica process and its engines."""

@@ -1,0 +1,1 @@
+"""The student trainer: rollouts in, scores in, a better student out."""

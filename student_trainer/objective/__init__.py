@@ -1,0 +1,1 @@
+"""Objectives as a composition of independent settings, compiled to signal requests."""

@@ -1,0 +1,1 @@
+"""The rollout process: prompts in, sampled responses out."""
