@@ -1,0 +1,67 @@
+"""The walls of the house: which package may import which, and what a bare client loads."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# package -> first-party packages it may import (its own package always may be).
+ALLOWED = {
+    "proto/src/tutelage_client": set(),
+    "services/queue": set(),
+    "services/models": set(),
+    "services/teacher": {"services.api", "services.queue", "services.models", "services.teacher"},
+    "services/api": {"services.teacher.engine"},
+    "student_trainer": {"services.queue", "services.models"},
+    "launcher": {"services", "student_trainer"},
+}
+FIRST_PARTY = ("services", "student_trainer", "launcher")
+
+
+def imported_modules(path: Path) -> set[str]:
+    modules: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            modules.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return modules
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_imports_point_one_way(package: str) -> None:
+    own = package.replace("proto/src/", "").replace("/", ".")
+    allowed = ALLOWED[package] | {own}
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {module}"
+        for path in (ROOT / package).rglob("*.py")
+        for module in imported_modules(path)
+        if module.split(".")[0] in FIRST_PARTY
+        and not any(module == name or module.startswith(name + ".") for name in allowed)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_client_loads_no_service_package() -> None:
+    code = (
+        "import sys, tutelage_client\n"
+        "heavy = {'torch', 'fastapi', 'redis', 'pydantic', 'services', 'student_trainer'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_every_module_says_what_it_is() -> None:
+    silent = [
+        str(path.relative_to(ROOT))
+        for package in ("services", "student_trainer", "launcher", "proto/src/tutelage_client", "benchmarks")
+        for path in (ROOT / package).rglob("*.py")
+        if not ast.get_docstring(ast.parse(path.read_text()))
+    ]
+    assert not silent, silent
