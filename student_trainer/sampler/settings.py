@@ -1,0 +1,98 @@
+"""The [data] and [sampling] sections of a run file.
+
+Imports neither torch nor transformers: the command line reads run files too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class DataSettings(BaseModel):
+    """Where prompts come from, how they become token ids, and how answers are checked.
+
+    Exactly one of `task`, `path` and `dataset` names the source. Without `answer_field` a
+    file or a data set has no verifiable reward.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    task: Literal["addition"] | None = Field(None, description="a built-in task with its own checker")
+    path: Path | None = Field(None, description="a .jsonl or .parquet file")
+    dataset: str | None = Field(None, description="a Hugging Face data set: hub id or local directory")
+    subset: str | None = Field(None, description="configuration name of the Hugging Face data set")
+    split: str = Field("train", description="split of the Hugging Face data set")
+    prompt_field: str = Field(
+        "prompt", description="field that holds the prompt text, or a list of chat messages"
+    )
+    answer_field: str | None = Field(None, description="field that holds the expected answer")
+    checker: Literal["exact", "numeric", "boxed"] = Field(
+        "exact",
+        description="how a response is compared with the answer: the whole text, the last number, "
+        "or the content of the last \\boxed{}",
+    )
+    chat_template: Literal["auto", "always", "never"] = Field(
+        "auto", description="wrap prompts in the tokenizer's chat template; auto: when it has one"
+    )
+    chat_template_arguments: dict[str, Any] = Field(
+        default_factory=dict, description='extra arguments of the template, e.g. {"enable_thinking": false}'
+    )
+    system_prompt: str | None = Field(None, description="system message put before every prompt")
+    max_prompt_tokens: int | None = Field(
+        None, ge=1, description="leave out longer prompts (files and data sets; counted once at start-up)"
+    )
+    holdout: float = Field(
+        0.05, ge=0.0, lt=1.0, description="share of a file's or data set's prompts kept for evaluation"
+    )
+    shuffle: bool = Field(True, description="a new seeded order every epoch; otherwise file order")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        given = [name for name in ("task", "path", "dataset") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"data: got {given or 'no source'}; give exactly one of task, path, dataset")
+        if self.path is not None and self.path.suffix not in (".jsonl", ".parquet"):
+            raise ValueError(f"data.path: got {str(self.path)!r}, must end in .jsonl or .parquet")
+        if self.system_prompt is not None and (self.chat_template == "never" or self.task is not None):
+            raise ValueError("data.system_prompt: needs a chat template; the prompt is used as plain text")
+        return self
+
+
+class SamplingSettings(BaseModel):
+    """How responses are sampled."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    samples_per_prompt: int = Field(1, ge=1, description="responses sampled per prompt (the group's size)")
+    temperature: float = Field(1.0, gt=0.0, le=10.0, description="sampling temperature")
+    max_new_tokens: int = Field(512, ge=1, description="token limit of a response")
+    batch_size: int = Field(128, ge=1, description="rows generated at once")
+    sampler: str = Field(
+        "student",
+        description='who samples: "student", "teacher:NAME" of this run file, or a model path or hub id',
+    )
+    student_fraction: float | None = Field(
+        None,
+        ge=0.0,
+        lt=1.0,
+        description="share of groups that the student samples itself when another model samples (GKD's λ)",
+    )
+    groups_per_order: int = Field(32, ge=1, description="groups that one rollout process takes at a time")
+    replicas: int = Field(1, ge=1, description="rollout processes that `tutelage up` starts")
+
+    @model_validator(mode="after")
+    def _fraction_needs_another_sampler(self) -> Self:
+        if self.sampler == "student" and self.student_fraction is not None:
+            raise ValueError(
+                f'sampling.student_fraction: got {self.student_fraction} with sampler = "student"; '
+                "name the other model in sampling.sampler, or leave student_fraction out"
+            )
+        return self
+
+    @property
+    def student_share(self) -> float:
+        """Probability that a group is sampled by the student."""
+        return 1.0 if self.sampler == "student" else (self.student_fraction or 0.0)
