@@ -20,34 +20,41 @@ class DataSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    task: Literal["addition"] | None = Field(None, description="a built-in task with its own checker")
-    path: Path | None = Field(None, description="a .jsonl or .parquet file")
-    dataset: str | None = Field(None, description="a Hugging Face data set: hub id or local directory")
-    subset: str | None = Field(None, description="configuration name of the Hugging Face data set")
-    split: str = Field("train", description="split of the Hugging Face data set")
-    prompt_field: str = Field(
-        "prompt", description="field that holds the prompt text, or a list of chat messages"
+    task: Literal["addition"] | None = Field(default=None, description="a built-in task with its own checker")
+    path: Path | None = Field(default=None, description="a .jsonl or .parquet file")
+    dataset: str | None = Field(
+        default=None, description="a Hugging Face data set: hub id or local directory"
     )
-    answer_field: str | None = Field(None, description="field that holds the expected answer")
+    subset: str | None = Field(default=None, description="configuration name of the Hugging Face data set")
+    split: str = Field(default="train", description="split of the Hugging Face data set")
+    prompt_field: str = Field(
+        default="prompt", description="field that holds the prompt text, or a list of chat messages"
+    )
+    answer_field: str | None = Field(default=None, description="field that holds the expected answer")
     checker: Literal["exact", "numeric", "boxed"] = Field(
-        "exact",
+        default="exact",
         description="how a response is compared with the answer: the whole text, the last number, "
         "or the content of the last \\boxed{}",
     )
     chat_template: Literal["auto", "always", "never"] = Field(
-        "auto", description="wrap prompts in the tokenizer's chat template; auto: when it has one"
+        default="auto", description="wrap prompts in the tokenizer's chat template; auto: when it has one"
     )
     chat_template_arguments: dict[str, Any] = Field(
         default_factory=dict, description='extra arguments of the template, e.g. {"enable_thinking": false}'
     )
-    system_prompt: str | None = Field(None, description="system message put before every prompt")
+    system_prompt: str | None = Field(default=None, description="system message put before every prompt")
     max_prompt_tokens: int | None = Field(
-        None, ge=1, description="leave out longer prompts (files and data sets; counted once at start-up)"
+        default=None,
+        ge=1,
+        description="leave out longer prompts (files and data sets; counted once at start-up)",
     )
     holdout: float = Field(
-        0.05, ge=0.0, lt=1.0, description="share of a file's or data set's prompts kept for evaluation"
+        default=0.05,
+        ge=0.0,
+        lt=1.0,
+        description="share of a file's or data set's prompts kept for evaluation",
     )
-    shuffle: bool = Field(True, description="a new seeded order every epoch; otherwise file order")
+    shuffle: bool = Field(default=True, description="a new seeded order every epoch; otherwise file order")
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -66,22 +73,26 @@ class SamplingSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    samples_per_prompt: int = Field(1, ge=1, description="responses sampled per prompt (the group's size)")
-    temperature: float = Field(1.0, gt=0.0, le=10.0, description="sampling temperature")
-    max_new_tokens: int = Field(512, ge=1, description="token limit of a response")
-    batch_size: int = Field(128, ge=1, description="rows generated at once")
+    samples_per_prompt: int = Field(
+        default=1, ge=1, description="responses sampled per prompt (the group's size)"
+    )
+    temperature: float = Field(default=1.0, gt=0.0, le=10.0, description="sampling temperature")
+    max_new_tokens: int = Field(default=512, ge=1, description="token limit of a response")
+    batch_size: int = Field(default=128, ge=1, description="rows generated at once")
     sampler: str = Field(
-        "student",
+        default="student",
         description='who samples: "student", "teacher:NAME" of this run file, or a model path or hub id',
     )
     student_fraction: float | None = Field(
-        None,
+        default=None,
         ge=0.0,
         lt=1.0,
         description="share of groups that the student samples itself when another model samples (GKD's λ)",
     )
-    groups_per_order: int = Field(32, ge=1, description="groups that one rollout process takes at a time")
-    replicas: int = Field(1, ge=1, description="rollout processes that `tutelage up` starts")
+    groups_per_order: int = Field(
+        default=32, ge=1, description="groups that one rollout process takes at a time"
+    )
+    replicas: int = Field(default=1, ge=1, description="rollout processes that `tutelage up` starts")
 
     @model_validator(mode="after")
     def _fraction_needs_another_sampler(self) -> Self:
