@@ -1,0 +1,149 @@
+"""Checkpoints: tensors, random states and ledger of one step, in one directory that appears whole.
+
+Tensors go through torch's distributed checkpointing into safetensors files, so nothing is pickled
+and sharded parameters can be saved by the same calls. A manifest of sizes and SHA-256 sums tells
+a damaged checkpoint from a good one before anything is loaded from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from student_trainer.durable import atomic_directory, remove_directory, sweep_leftovers
+from student_trainer.ledger import Ledger
+
+_NAME = re.compile(r"step-(\d{8,})")
+_LEDGER = "ledger.json"
+_MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint whose files were all found whole."""
+
+    path: Path
+    ledger: Ledger
+
+
+@dataclass(frozen=True, slots=True)
+class Damaged:
+    """A checkpoint that was skipped, and why."""
+
+    path: Path
+    reason: str
+
+
+class CheckpointStore:
+    """The checkpoints of one run, RUN_DIR/checkpoints/step-00000050/."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def save(self, tensors: Mapping[str, torch.Tensor], ledger: Ledger) -> Path:
+        """Write a checkpoint of `ledger.step`; when this returns it survives a power failure."""
+        final = self.directory / f"step-{ledger.step:08d}"
+        with atomic_directory(final) as temporary:
+            _write_tensors(temporary, tensors)
+            (temporary / _LEDGER).write_text(ledger.to_json())
+            (temporary / _MANIFEST).write_text(json.dumps(_describe_files(temporary), indent=1))
+        return final
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint directory, oldest first, whole or not."""
+        if not self.directory.is_dir():
+            return []
+        matches = (_NAME.fullmatch(path.name) for path in self.directory.iterdir())
+        return sorted(int(match[1]) for match in matches if match)
+
+    def newest(self) -> tuple[Checkpoint | None, list[Damaged]]:
+        """The newest whole checkpoint, and the damaged ones that were passed over on the way."""
+        sweep_leftovers(self.directory)
+        damaged: list[Damaged] = []
+        for step in reversed(self.steps()):
+            path = self.directory / f"step-{step:08d}"
+            if (reason := find_damage(path)) is None:
+                return Checkpoint(path, Ledger.from_json((path / _LEDGER).read_text())), damaged
+            damaged.append(Damaged(path, reason))
+        return None, damaged
+
+    def prune(self, keep: int) -> None:
+        """Delete all but the newest `keep` checkpoints."""
+        for step in self.steps()[:-keep]:
+            remove_directory(self.directory / f"step-{step:08d}")
+
+
+def load_tensors(checkpoint: Checkpoint, tensors: dict[str, torch.Tensor]) -> None:
+    """Fill `tensors`, in place, with the values of the same names.
+
+    Raises:
+        ValueError: the checkpoint holds other names or shapes, so it belongs to another model.
+    """
+    reader = HuggingFaceStorageReader(str(checkpoint.path))
+    stored = {
+        name: tuple(entry.size)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if hasattr(entry, "size")
+    }
+    wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if stored != wanted:
+        names = sorted(name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name))
+        shown = [f"{name}: {stored.get(name)} saved, {wanted.get(name)} needed" for name in names[:3]]
+        raise ValueError(
+            f"{checkpoint.path} belongs to another model: {len(names)} tensors differ ({'; '.join(shown)})"
+        )
+    with _single_process():
+        load(tensors, storage_reader=reader, no_dist=True)
+
+
+def find_damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint directory, or None when every file is as it was written."""
+    try:
+        expected = json.loads((path / _MANIFEST).read_text())
+    except FileNotFoundError:
+        return "it has no manifest"
+    except ValueError:
+        return "its manifest is not JSON"
+    for name, wanted in expected.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != wanted["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes, {wanted['bytes']} were written"
+        if _sha256(file) != wanted["sha256"]:
+            return f"{name} is not what was written (its SHA-256 differs)"
+    return None
+
+
+def _write_tensors(directory: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    with _single_process():
+        save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(directory)), no_dist=True)
+
+
+@contextmanager
+def _single_process() -> Iterator[None]:
+    """Silence torch's remark that one process saves alone: that is what is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*", category=UserWarning)
+        yield
+
+
+def _describe_files(directory: Path) -> dict[str, dict[str, int | str]]:
+    files = sorted(path for path in directory.iterdir() if path.is_file())
+    return {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

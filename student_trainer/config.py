@@ -1,0 +1,215 @@
+"""The run file: one strict TOML document that describes a whole run.
+
+Imports neither torch nor transformers: the command line and every process read it.
+An unknown key is an error that names its section and the nearest key that exists.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from student_trainer.config_errors import RunFileError, describe_errors
+from student_trainer.objective.settings import ObjectiveSettings
+from student_trainer.sampler.settings import DataSettings, SamplingSettings
+
+Tracker = Literal["tensorboard", "wandb", "trackio"]
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RunSettings(_Section):
+    """What the run is called, where it writes, and whether it must be repeatable."""
+
+    name: str = Field(
+        "run",
+        pattern=NAME_PATTERN,
+        description="name of the run: prefix of its groups and streams in the queue",
+    )
+    directory: Path = Field(
+        Path("runs/run"),
+        description="everything the run writes: checkpoints, policy versions, metrics, the trained student",
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of sampling, data order and adapters")
+    deterministic: bool = Field(
+        False,
+        description="bitwise repeatable on one machine: groups are trained in index order, sampled by "
+        "exactly the policy version max(0, step - max_staleness), with one CPU thread",
+    )
+    threads: int | None = Field(
+        None,
+        ge=1,
+        description="CPU threads of each process; default: torch's choice, and 1 in a deterministic run",
+    )
+
+
+class QueueSettings(_Section):
+    """The Valkey or Redis server between the processes."""
+
+    url: str = Field(
+        "embedded",
+        pattern=r"^(embedded|(redis|rediss|unix)://.+)$",
+        description='redis://, rediss:// or unix:// address; "embedded": `tutelage up` starts its own',
+    )
+    namespace: str = Field("tutelage", pattern=NAME_PATTERN, description="prefix of every key")
+    max_queued_tokens: int = Field(
+        1_000_000, ge=1, description="samplers wait while a teacher has more unscored tokens than this"
+    )
+    heartbeat_seconds: float = Field(
+        5.0, gt=0.0, le=300.0, description="how often a worker renews its leases; a lease lasts 1.5 of these"
+    )
+
+
+class TeacherEntry(_Section):
+    """One teacher: what it serves and how `tutelage up` starts it."""
+
+    model: str | None = Field(None, description="local directory or hub id; only the fake engine has none")
+    revision: str | None = Field(None, description="hub revision (a commit, a tag or a branch)")
+    engine: Literal["transformers", "fake"] = Field("transformers", description="what computes the scores")
+    replicas: int = Field(1, ge=1, description="processes that `tutelage up` starts; each holds the weights")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of weights and activations")
+    device: str = Field("auto", description='"auto" (CUDA when there is one), "cpu", "cuda" or "cuda:N"')
+    max_batch_tokens: int = Field(16_384, ge=1, description="tokens of one packed forward pass")
+    address: str | None = Field(
+        None,
+        description="host:port of a replica that somebody else runs: `tutelage up` starts none, "
+        "`tutelage doctor` asks this one",
+    )
+
+    @model_validator(mode="after")
+    def _has_a_model(self) -> Self:
+        if self.model is None and self.engine != "fake" and self.address is None:
+            raise ValueError(
+                'model: missing; give a local directory or a hub id (only engine = "fake" has none)'
+            )
+        return self
+
+
+class LoraSettings(_Section):
+    """Low-rank adapters (PEFT) instead of training every weight."""
+
+    rank: int = Field(16, ge=1, description="rank of the adapters")
+    alpha: float = Field(32.0, gt=0.0, description="scale; the update is multiplied by alpha / rank")
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="dropout before the adapters")
+    target_modules: str | list[str] = Field(
+        "all-linear", description='module names that get an adapter, or "all-linear"'
+    )
+
+
+class StudentSettings(_Section):
+    """The model that is trained."""
+
+    model: str = Field(description="local directory or hub id of the student before training")
+    revision: str | None = Field(None, description="hub revision (a commit, a tag or a branch)")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="dtype of the forward pass and of published policies; trained weights are always float32",
+    )
+    device: str = Field("auto", description='"auto" (CUDA when there is one), "cpu", "cuda" or "cuda:N"')
+    lora: LoraSettings | None = Field(
+        None, description="train adapters only; absent: every weight is trained"
+    )
+
+
+class TrainingSettings(_Section):
+    """Steps, optimizer (AdamW), pacing, checkpoints, evaluation and metrics."""
+
+    steps: int = Field(ge=1, description="optimizer steps of the whole run")
+    prompts_per_step: int = Field(128, ge=1, description="groups of one step")
+    learning_rate: float = Field(1e-5, gt=0.0, description="peak learning rate")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "linear", description="after warm-up: constant, or a linear or cosine decay to 10% of the peak"
+    )
+    warmup_steps: int = Field(5, ge=0, description="steps of linear warm-up")
+    betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW's betas")
+    epsilon: float = Field(1e-8, gt=0.0, description="AdamW's epsilon")
+    weight_decay: float = Field(0.0, ge=0.0, description="AdamW's weight decay, on matrices only")
+    gradient_clip: float = Field(1.0, gt=0.0, description="largest global gradient norm")
+    max_staleness: int = Field(
+        1, ge=0, description="policy versions that a group may be behind the weights it trains"
+    )
+    micro_batch_tokens: int = Field(
+        16_384,
+        ge=1,
+        description="packed tokens of one forward and backward pass, shared prompts counted once",
+    )
+    max_refused_steps: int = Field(
+        3, ge=1, description="steps in a row whose gradient is not finite before the run stops"
+    )
+    checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept on disk")
+    evaluate_every: int = Field(0, ge=0, description="steps between evaluations; 0: never")
+    evaluation_prompts: int = Field(500, ge=1, description="held-out prompts of one evaluation")
+    sample_every: int = Field(10, ge=0, description="steps between rollouts written for the report; 0: never")
+    sample_groups: int = Field(4, ge=1, description="groups written each time")
+    metrics_port: int = Field(
+        0, ge=0, le=65535, description="loopback port of /health, /metrics and /status; 0: any free port"
+    )
+    trackers: tuple[Tracker, ...] = Field(
+        ("tensorboard",),
+        description='where metrics go besides the console and metrics.jsonl: "tensorboard", '
+        '"wandb", "trackio"',
+    )
+
+    @field_validator("betas")
+    @classmethod
+    def _betas_in_range(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0.0 <= beta < 1.0 for beta in betas):
+            raise ValueError(f"got {list(betas)}, each must be in [0, 1)")
+        return betas
+
+
+class RunConfig(_Section):
+    """A whole run file."""
+
+    run: RunSettings = RunSettings()
+    queue: QueueSettings = QueueSettings()
+    teachers: dict[str, TeacherEntry] = Field(
+        default_factory=dict, description="[teachers.NAME], one section for each teacher"
+    )
+    student: StudentSettings
+    data: DataSettings
+    sampling: SamplingSettings = SamplingSettings()
+    objective: ObjectiveSettings
+    training: TrainingSettings
+
+    @property
+    def threads(self) -> int | None:
+        """CPU threads that every process of the run sets; None leaves torch's choice."""
+        return 1 if self.run.deterministic else self.run.threads
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        from student_trainer.config_checks import check_sections
+
+        check_sections(self)
+        return self
+
+
+def parse_run_config(document: dict[str, Any], source: str = "run file") -> RunConfig:
+    """Check a parsed document; raises RunFileError that lists every problem found."""
+    try:
+        return RunConfig.model_validate(document)
+    except ValidationError as error:
+        raise RunFileError(source, describe_errors(RunConfig, error)) from error
+
+
+def load_run_config(path: Path) -> RunConfig:
+    """Read a run file. Relative paths in it are relative to the working directory.
+
+    Raises:
+        RunFileError: the file is missing, is not TOML, or says something that cannot be.
+    """
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RunFileError(str(path), ["there is no such file"]) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RunFileError(str(path), [f"not a TOML document: {error}"]) from error
+    return parse_run_config(document, str(path))

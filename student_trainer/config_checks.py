@@ -1,0 +1,86 @@
+"""What must hold between the sections of a run file."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from student_trainer.objective.compile import Plan, compile_plan
+from student_trainer.objective.settings import ObjectiveError
+
+if TYPE_CHECKING:
+    from student_trainer.config import RunConfig
+
+_TEACHER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+def check_sections(config: RunConfig) -> None:
+    """Raise ValueError, naming section and key, for the first pair of sections that disagree."""
+    _check_teacher_names(config)
+    plan = _check_objective(config)
+    _check_reward(config, plan)
+    _check_sampler(config)
+    _check_evaluation(config)
+
+
+def _check_teacher_names(config: RunConfig) -> None:
+    for name in config.teachers:
+        if not _TEACHER_NAME.fullmatch(name):
+            raise ValueError(
+                f"[teachers] {name!r}: a name starts with a letter or digit and holds "
+                "letters, digits, '_', '.', '-'"
+            )
+
+
+def _check_objective(config: RunConfig) -> Plan:
+    try:
+        plan = compile_plan(
+            config.objective,
+            student_temperature=config.sampling.temperature,
+            teachers=sorted(config.teachers),
+        )
+    except ObjectiveError as error:
+        raise ValueError(str(error)) from error
+    if plan.in_process:
+        raise ValueError(
+            'objective.support: "full" needs student and teacher in one process; this trainer scores '
+            'through the queue, where a top-k support with tail = "bucket" and a large k comes close'
+        )
+    if plan.needs_teacher and not config.teachers:
+        raise ValueError("[teachers.NAME]: the objective needs a teacher, and the run file has none")
+    return plan
+
+
+def _check_reward(config: RunConfig, plan: Plan) -> None:
+    if not plan.needs_reward:
+        return
+    if config.data.task is None and config.data.answer_field is None:
+        raise ValueError(
+            f"objective.mix: got {plan.mix!r}; a reward needs answers to check: give [data] answer_field "
+            "or a built-in [data] task"
+        )
+    if config.sampling.samples_per_prompt < 2:
+        raise ValueError(
+            "[sampling] samples_per_prompt: got 1; a reward's advantage compares the responses of one "
+            "prompt, so at least 2 are needed"
+        )
+
+
+def _check_sampler(config: RunConfig) -> None:
+    sampler = config.sampling.sampler
+    if not sampler.startswith("teacher:"):
+        return
+    entry = config.teachers.get(sampler.removeprefix("teacher:"))
+    if entry is None or entry.model is None:
+        known = ", ".join(sorted(name for name, t in config.teachers.items() if t.model)) or "none"
+        raise ValueError(f"[sampling] sampler: got {sampler!r}, teachers with a model are {known}")
+
+
+def _check_evaluation(config: RunConfig) -> None:
+    if config.training.evaluate_every and config.data.task is None:
+        if config.data.holdout == 0.0:
+            raise ValueError("[training] evaluate_every: needs held-out prompts, but [data] holdout is 0")
+        if config.data.answer_field is None:
+            raise ValueError(
+                "[training] evaluate_every: needs [data] answer_field to check responses against"
+            )

@@ -1,0 +1,115 @@
+"""Errors of a run file as sentences: section, key, what was got and what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+
+class RunFileError(ValueError):
+    """A run file that cannot be used; `problems` has one sentence for each reason."""
+
+    def __init__(self, source: str, problems: list[str]) -> None:
+        self.source = source
+        self.problems = problems
+        super().__init__(f"{source}: " + ("\n  " if len(problems) > 1 else "") + "\n  ".join(problems))
+
+
+def describe_errors(root: type[BaseModel], error: ValidationError) -> list[str]:
+    """One sentence for each error pydantic found, in the words of the run file."""
+    return [_describe(root, problem) for problem in error.errors(include_url=False)]
+
+
+def _describe(root: type[BaseModel], problem: Any) -> str:
+    location: tuple[int | str, ...] = problem["loc"]
+    kind = problem["type"]
+    if kind == "extra_forbidden":
+        return _unknown_key(root, location)
+    place = _place(root, location)
+    if kind == "missing":
+        return f"{place}: missing; it has no default"
+    message = problem["msg"].removeprefix("Value error, ")
+    if kind == "value_error":
+        return f"{place}: {message}" if location else message
+    return f"{place}: got {problem['input']!r}; {message[:1].lower()}{message[1:]}"
+
+
+def _unknown_key(root: type[BaseModel], location: tuple[int | str, ...]) -> str:
+    *parents, key = location
+    known = sorted({name for model in _models_at(root, parents) for name in model.model_fields})
+    nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
+    what = "section" if not parents else "key"
+    hint = f"; the nearest {what} is {nearest[0]!r} (all: {', '.join(known)})" if nearest else ""
+    section = _section_name(root, parents)
+    return f"{section + ' ' if section else ''}unknown {what} {str(key)!r}{hint}"
+
+
+def _place(root: type[BaseModel], location: tuple[int | str, ...]) -> str:
+    """`[section] key` of a location; the last part is a section when it names a table."""
+    if not location or _models_at(root, location):
+        return _section_name(root, location) or "run file"
+    parents = list(location)
+    while parents and not _models_at(root, parents):
+        parents.pop()
+    rest = ".".join(str(part) for part in location[len(parents) :])
+    section = _section_name(root, parents)
+    return f"{section} {rest}" if section else rest
+
+
+def _section_name(root: type[BaseModel], parts: Iterable[int | str]) -> str:
+    """TOML header of a location, without the tags pydantic adds for members of a union."""
+    names: list[str] = []
+    walked: list[int | str] = []
+    for part in parts:
+        before = _annotations_at(root, walked)
+        walked.append(part)
+        if any(_is_model(a) and str(part) in a.model_fields for a in before) or any(
+            typing.get_origin(a) is dict for a in before
+        ):
+            names.append(str(part))
+    return f"[{'.'.join(names)}]" if names else ""
+
+
+def _models_at(root: type[BaseModel], parts: Iterable[int | str]) -> list[type[BaseModel]]:
+    return [annotation for annotation in _annotations_at(root, parts) if _is_model(annotation)]
+
+
+def _annotations_at(root: type[BaseModel], parts: Iterable[int | str]) -> list[Any]:
+    """Types a value at this location may have; a union contributes each of its members."""
+    current: list[Any] = [root]
+    for part in parts:
+        following: list[Any] = []
+        for annotation in current:
+            if _is_model(annotation) and str(part) in annotation.model_fields:
+                following += _members(annotation.model_fields[str(part)].annotation)
+            elif typing.get_origin(annotation) is dict:
+                following += _members(typing.get_args(annotation)[1])
+            elif typing.get_origin(annotation) in (list, tuple):
+                following += [member for arg in typing.get_args(annotation) for member in _members(arg)]
+            elif _is_model(annotation) and _is_tag(annotation, part):
+                following.append(annotation)
+        current = following
+    return current
+
+
+def _is_tag(model: type[BaseModel], part: int | str) -> bool:
+    """Whether pydantic put `part` into the location to tell this member of a union from the others."""
+    literals = (typing.get_args(f.annotation) for f in model.model_fields.values())
+    return model.__name__ == str(part) or any(part in values for values in literals)
+
+
+def _members(annotation: Any) -> list[Any]:
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return [member for arg in typing.get_args(annotation) for member in _members(arg)]
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _members(typing.get_args(annotation)[0])
+    return [annotation]
+
+
+def _is_model(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)

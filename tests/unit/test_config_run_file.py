@@ -1,0 +1,154 @@
+"""The run file: what it accepts, and what it says about mistakes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from student_trainer.config import RunConfig, load_run_config, parse_run_config
+from student_trainer.config_errors import RunFileError
+from student_trainer.config_reference import reference_markdown
+
+MINIMAL = """
+[student]
+model = "models/student"
+
+[teachers.large]
+model = "models/teacher"
+
+[data]
+task = "addition"
+
+[objective]
+preset = "thinking-machines"
+
+[training]
+steps = 10
+"""
+
+
+def load(tmp_path: Path, text: str) -> RunConfig:
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    return load_run_config(path)
+
+
+def problems(tmp_path: Path, text: str) -> list[str]:
+    with pytest.raises(RunFileError) as caught:
+        load(tmp_path, text)
+    assert str(tmp_path / "run.toml") in str(caught.value)
+    return caught.value.problems
+
+
+def test_minimal_run_file_gets_documented_defaults(tmp_path: Path) -> None:
+    config = load(tmp_path, MINIMAL)
+    assert config.queue.url == "embedded"
+    assert config.training.max_staleness == 1
+    assert config.teachers["large"].engine == "transformers"
+    assert config.student.lora is None
+    assert config.threads is None
+
+
+def test_deterministic_run_uses_one_thread(tmp_path: Path) -> None:
+    assert load(tmp_path, MINIMAL + "[run]\ndeterministic = true\nthreads = 8\n").threads == 1
+
+
+def test_configuration_cannot_be_changed_after_loading(tmp_path: Path) -> None:
+    config = load(tmp_path, MINIMAL)
+    with pytest.raises(ValueError, match="frozen"):
+        config.training.steps = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("addition", "section", "wrong", "nearest"),
+    [
+        ("[run]\nsede = 3\n", "[run]", "'sede'", "'seed'"),
+        ("[sampling]\ntemprature = 1.0\n", "[sampling]", "'temprature'", "'temperature'"),
+        ("[teachers.other]\nmodle = 'x'\n", "[teachers.other]", "'modle'", "'model'"),
+        ("[queu]\nurl = 'embedded'\n", "unknown section", "'queu'", "'queue'"),
+        ("[student.lora]\nrnak = 4\n", "[student.lora]", "'rnak'", "'rank'"),
+        ("[objective.tokens]\nskip_first = 4\n", "[objective.tokens]", "'skip_first'", "'skip_first_n'"),
+        ("[objective.correction]\nkind='ppo'\nclipp=0.2\n", "[objective.correction]", "'clipp'", "'clip'"),
+        ("[objective.views.v]\nweight='teacher:large'\n", "[objective.views.v]", "'weight'", "'weights'"),
+    ],
+)
+def test_unknown_key_names_section_key_and_nearest(
+    tmp_path: Path, addition: str, section: str, wrong: str, nearest: str
+) -> None:
+    (problem,) = problems(tmp_path, MINIMAL + addition)
+    assert section in problem
+    assert f"{wrong}; the nearest" in problem
+    assert f"is {nearest} (" in problem
+
+
+def test_every_problem_is_listed(tmp_path: Path) -> None:
+    text = MINIMAL.replace("steps = 10", "step = 10\nlearning_rate = 'fast'\nmax_staleness = -1")
+    found = problems(tmp_path, text)
+    assert any(p.startswith("[training] steps: missing") for p in found)
+    assert any("unknown key 'step'; the nearest key is 'steps'" in p for p in found)
+    assert any("[training] learning_rate: got 'fast'" in p for p in found)
+    assert any("[training] max_staleness: got -1" in p and "0" in p for p in found)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("[teachers.large]", "[teachers.small]\nmodel='m'\n[teachers.large]", "ambiguous"),
+        ('preset = "thinking-machines"', "views.v.weights = 'teacher:larg'", "did you mean 'large'"),
+        ('preset = "thinking-machines"', 'preset = "thinking-machine"', "did you mean 'thinking-machines'"),
+        ('preset = "thinking-machines"', 'preset = "grpo"', "samples_per_prompt"),
+        ('preset = "thinking-machines"', 'support = "full"\nestimator = "pathwise"', "one process"),
+        ('[teachers.large]\nmodel = "models/teacher"', "", "none"),
+        ('model = "models/teacher"', "", "[teachers.large]"),
+        ("[teachers.large]", '[teachers."a b"]', "'a b'"),
+        ("steps = 10", "steps = 10\n[sampling]\nsampler = 'teacher:huge'", "teachers with a model are large"),
+        (
+            'task = "addition"',
+            "path = 'x.jsonl'\nholdout=0.0\n[training]\nevaluate_every=5\n#",
+            "holdout is 0",
+        ),
+    ],
+)
+def test_sections_that_disagree_are_refused(tmp_path: Path, old: str, new: str, expected: str) -> None:
+    text = MINIMAL.replace(old, new)
+    if "[training]\nevaluate" in new:
+        text = text.replace("\n[training]\nsteps = 10", "").replace(
+            "evaluate_every=5", "steps=9\nevaluate_every=5"
+        )
+    assert any(expected in p for p in problems(tmp_path, text)), problems(tmp_path, text)
+
+
+def test_reward_alone_needs_no_teacher(tmp_path: Path) -> None:
+    text = MINIMAL.replace('[teachers.large]\nmodel = "models/teacher"', "[sampling]\nsamples_per_prompt = 4")
+    assert load(tmp_path, text.replace("thinking-machines", "grpo")).teachers == {}
+
+
+def test_missing_file_and_broken_toml_say_so(tmp_path: Path) -> None:
+    with pytest.raises(RunFileError, match="no such file"):
+        load_run_config(tmp_path / "absent.toml")
+    assert "not a TOML document" in problems(tmp_path, "[run\n")[0]
+
+
+def test_reading_a_run_file_loads_no_torch() -> None:
+    code = "import sys, student_trainer.config; print({'torch', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_reference_lists_every_section_and_key() -> None:
+    text = reference_markdown()
+    for header in ("## [run]", "## [teachers.NAME]", "## [student.lora]", "## [objective]", "## [training]"):
+        assert header in text
+    for key in ("max_staleness", "learning_rate", "samples_per_prompt", "heartbeat_seconds", "preset"):
+        assert f"| `{key}` |" in text
+    assert "| `steps` | integer | required |" in text
+
+
+def test_configuration_survives_a_round_trip_through_plain_data(tmp_path: Path) -> None:
+    config = load(tmp_path, MINIMAL)
+    dumped: dict[str, Any] = config.model_dump(mode="json", exclude_unset=True)
+    assert parse_run_config(dumped) == config
