@@ -1,0 +1,238 @@
+"""The command line. Every command imports the process it starts only when it is called.
+
+Bad input ends with one clear line on stderr and exit status 2, never with a traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+EXIT_BAD_INPUT = 2
+
+app = typer.Typer(
+    name="tutelage",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help=(
+        "[bold]Teacher-as-a-service for on-policy distillation of language models.[/bold]\n\n"
+        "The student samples its own responses, a teacher service scores every token of them, "
+        "and the student is trained on those scores."
+    ),
+    epilog=(
+        "[bold]First steps[/bold]\n\n"
+        "  tutelage quickstart                     watch a student learn on 2 CPU cores\n\n"
+        "  tutelage doctor RUN.toml                would this run file work?\n\n"
+        "  tutelage up recipes/quickstart.toml     the whole loop on this machine\n\n"
+        "  tutelage teacher --model Qwen/Qwen3-8B  serve a teacher to any trainer\n\n"
+        "[dim]tutelage COMMAND --help explains a command with examples.[/dim]"
+    ),
+)
+
+RunFile = Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run file.", show_default=False)]
+EVERYTHING, PIECES, LOOK = "Everything at once", "One process at a time", "Look and check"
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn what a person can fix into one line and exit status 2."""
+    from tutelage_client.errors import TutelageError
+
+    from student_trainer.config_errors import RunFileError
+
+    try:
+        yield
+    except (RunFileError, FileNotFoundError, NotADirectoryError) as error:
+        _refuse(str(error))
+    except TutelageError as error:
+        _refuse(error.message)
+
+
+def _refuse(message: str) -> None:
+    print(f"tutelage: {message}", file=sys.stderr)
+    raise typer.Exit(EXIT_BAD_INPUT)
+
+
+@app.command(rich_help_panel=EVERYTHING)
+def quickstart(
+    directory: Annotated[
+        Path, typer.Option(help="Where the run is written; an earlier run there is replaced.")
+    ] = Path("runs/quickstart"),
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also run off-policy distillation and GRPO at equal tokens.")
+    ] = False,
+) -> None:
+    """Train a small teacher, then improve a student with it through the real services.
+
+    Needs no download and no GPU. The models are trained once and kept for the
+    next run. Ends with a table of the teacher and the student before and after,
+    and exits with status 1 when the student closed less than three quarters of
+    the gap.
+
+    [bold]Example[/bold]
+
+      tutelage quickstart --compare
+    """
+    with one_line_errors():
+        from launcher.quickstart import run_quickstart
+
+        raise typer.Exit(run_quickstart(directory, compare=compare))
+
+
+@app.command(rich_help_panel=EVERYTHING)
+def up(run_file: RunFile) -> None:
+    """Run a whole training on this machine: queue, teachers, sampler and trainer.
+
+    Shows progress, keeps the log of each process in RUN_DIR/logs, restarts a
+    process that dies, and stops cleanly on Ctrl-C (once: everything is saved;
+    twice: at once). The same command again continues an interrupted run.
+
+    [bold]Example[/bold]
+
+      tutelage up recipes/quickstart.toml
+    """
+    with one_line_errors():
+        from launcher.up import run_up
+
+        raise typer.Exit(run_up(run_file))
+
+
+@app.command(rich_help_panel=PIECES)
+def rollout(
+    run_file: RunFile,
+    name: Annotated[
+        str, typer.Option(help="Name of this process, unique among the run's samplers.")
+    ] = "sampler-0",
+) -> None:
+    """Sample responses for a run, as one of its rollout processes.
+
+    Takes orders from the run's queue, samples with the policy version that the
+    order asks for, and hands the responses to the teachers.
+
+    [bold]Example[/bold]
+
+      tutelage rollout run.toml --name sampler-1
+    """
+    with one_line_errors():
+        from student_trainer.config import load_run_config
+
+        config = load_run_config(run_file)
+        from student_trainer.sampler.process import main as sampler
+
+        raise typer.Exit(sampler(config, name))
+
+
+@app.command(rich_help_panel=PIECES)
+def train(run_file: RunFile) -> None:
+    """Train the student of a run, continuing from its newest checkpoint.
+
+    [bold]Example[/bold]
+
+      tutelage train run.toml
+    """
+    with one_line_errors():
+        from student_trainer.config import load_run_config
+
+        config = load_run_config(run_file)
+        from student_trainer.train import main as trainer
+
+        raise typer.Exit(trainer(config))
+
+
+@app.command(rich_help_panel=LOOK)
+def doctor(run_file: RunFile) -> None:
+    """Check a run file against everything it names, before any time is spent.
+
+    The objective against the limits of every teacher, tokenizers and vocabularies
+    of student and teachers, memory, the queue and its settings. Says what it could
+    not check, and exits with status 1 when something would fail.
+
+    [bold]Example[/bold]
+
+      tutelage doctor recipes/qwen3-8b-to-0.6b.toml
+    """
+    with one_line_errors():
+        from launcher.doctor import run_doctor
+
+        raise typer.Exit(run_doctor(run_file))
+
+
+@app.command(rich_help_panel=LOOK)
+def report(
+    run_directory: Annotated[
+        Path, typer.Argument(metavar="RUN_DIR", show_default=False, help="[run] directory.")
+    ],
+) -> None:
+    """Write one HTML page and PNGs about a run, finished or not.
+
+    Accuracy, KL to the teacher, loss, throughput, and sample rollouts with every
+    token coloured by what the teacher thought of it. The page needs no network.
+
+    [bold]Example[/bold]
+
+      tutelage report runs/quickstart
+    """
+    with one_line_errors():
+        from student_trainer.report.page import write_report
+
+        print(write_report(run_directory))
+
+
+@app.command(rich_help_panel=LOOK)
+def score(
+    file: Annotated[Path, typer.Argument(metavar="FILE.jsonl", show_default=False, help="What to score.")],
+    *,
+    teacher: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="A running teacher.")] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="PATH_OR_ID", help="Load this model here instead.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="A .parquet or .jsonl file. [default: FILE.scores.jsonl]")
+    ] = None,
+    top_k: Annotated[int, typer.Option(min=0, help="Most probable tokens per position.")] = 0,
+    entropy: Annotated[bool, typer.Option("--entropy", help="Also the teacher's entropy.")] = False,
+    temperature: Annotated[float, typer.Option(help="Temperature of the log-probabilities.")] = 1.0,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one request.")] = 16_384,
+    token: Annotated[
+        str | None, typer.Option(envvar="TUTELAGE_TOKEN", help="The teacher's access token.")
+    ] = None,
+) -> None:
+    """Score the responses of a file against a teacher.
+
+    Each line is an object with context_ids and response_ids, or with prompt and
+    response as text (then the model's own tokenizer is used, so --model is
+    needed), and optionally an id.
+
+    [bold]Examples[/bold]
+
+      tutelage score rollouts.jsonl --teacher 127.0.0.1:8477 --top-k 8 --output scores.parquet
+
+      tutelage score answers.jsonl --model Qwen/Qwen3-8B
+    """
+    with one_line_errors():
+        from launcher.score import ScoreOptions, score_file
+
+        options = ScoreOptions(
+            teacher=teacher,
+            model=model,
+            output=output or file.with_suffix(".scores.jsonl"),
+            top_k=top_k,
+            entropy=entropy,
+            temperature=temperature,
+            batch_tokens=batch_tokens,
+            token=token,
+        )
+        raise typer.Exit(score_file(file, options))
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
