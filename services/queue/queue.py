@@ -1,0 +1,274 @@
+"""The queue as every process sees it: one handle on one server and one namespace."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from tutelage.v1.rollout_pb2 import Group, SampleOrder, ViewRequest
+from tutelage_client.errors import invalid
+
+from services.queue.connection import Persistence, check_server, connect
+from services.queue.keys import Keys, StreamKeys
+from services.queue.presence import Presence
+from services.queue.reader import ScoredReader
+from services.queue.records import (
+    DeadLetter,
+    LeaseSettings,
+    OrderClaim,
+    RunStats,
+    StreamStats,
+    Submitted,
+    TeacherStats,
+)
+from services.queue.scripts import Scripts
+from services.queue.streams import stream_stats
+from services.queue.worker import JobWorker, OrderWorker
+
+Argument = str | int | bytes
+INT32_BYTES = 4
+
+
+class Queue:
+    """Orders, groups, jobs and scores on a Redis or Valkey server.
+
+    Use it as an async context manager, or call `open` and `close`. All its methods outlast an absent
+    server (they wait and report); every write may be repeated without effect.
+
+    Args:
+        url: `redis://`, `rediss://` or `unix://`.
+        namespace: prefix of every key.
+        max_queued_tokens: per teacher; a group that would pass it is refused with `Submitted.FULL`.
+        lease: heartbeat and delivery limits; the same in every process of a run.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        namespace: str = "tutelage",
+        *,
+        max_queued_tokens: int = 1_000_000,
+        lease: LeaseSettings | None = None,
+    ) -> None:
+        self.url = url
+        self.keys = Keys(namespace)
+        self.lease = lease or LeaseSettings()
+        self._max_queued_tokens = max_queued_tokens
+        # Any: redis-py types replies as unions over protocols and decodings; ours is RESP2 in bytes.
+        self._client: Any = connect(url)
+        self._scripts = Scripts(self._client)
+        self._persist = Persistence()
+
+    async def open(self, patience: float | None = 30.0) -> None:
+        """Wait up to `patience` seconds for the server and refuse one that cannot keep the promises."""
+        await self._persist(lambda: check_server(self._client), "connecting", patience)
+
+    async def close(self) -> None:
+        """Close the connections; workers and readers of this handle must have ended."""
+        await self._client.aclose()
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    # Trainer: orders out, scored groups in.
+
+    async def place_order(self, order: SampleOrder, *, again: bool = False) -> bool:
+        """Ask the samplers for groups; once per order id and run.
+
+        Args:
+            again: also place an order that was finished or given up before (its groups are gone);
+                an order that is still open is never placed twice.
+
+        Returns:
+            Whether it was placed now.
+        """
+        stream = self.keys.orders(order.run)
+        placed = await self._run(
+            "place", stream, [self.keys.placed(order.run)],
+            order.run, order.id, order.SerializeToString(), "1" if again else "0",
+        )  # fmt: skip
+        return bool(placed == 1)
+
+    def scored(self, run: str) -> ScoredReader:
+        """The trainer's reader; one trainer per run."""
+        return ScoredReader(self._client, self.keys, run)
+
+    # Samplers and teachers.
+
+    def orders(self, run: str, consumer: str) -> OrderWorker:
+        """A sampler's worker on the orders of `run`."""
+        return OrderWorker(
+            self.url, self._client, self.keys, self.keys.orders(run), settings=self.lease, consumer=consumer
+        )
+
+    def jobs(self, teacher: str, consumer: str) -> JobWorker:
+        """A replica's worker on the jobs of `teacher`."""
+        return JobWorker(
+            self.url, self._client, self.keys, self.keys.jobs(teacher), settings=self.lease, consumer=consumer
+        )
+
+    async def submit_group(
+        self,
+        group: Group,
+        requests: Sequence[ViewRequest],
+        *,
+        order: OrderClaim | None = None,
+        deadline_ms: int | None = None,
+    ) -> Submitted:
+        """Store a group once and queue one job per view; without views it goes straight to the trainer.
+
+        Args:
+            order: the order this group answers. With it a group is stored once even after the trainer
+                has deleted it, and nothing is stored once the order's lease is lost.
+            deadline_ms: unix time after which no engine may see the jobs.
+
+        Raises:
+            TutelageError: INVALID_ARGUMENT, nothing stored.
+        """
+        _check_group(group, requests)
+        stream = self.keys.orders(group.run)
+        keys = [
+            self.keys.group(group.id),
+            self.keys.submitted(group.run, order.order.id if order else ""),
+        ]
+        arguments: list[Argument] = [
+            group.run,
+            group.id,
+            group.SerializeToString(),
+            self._max_queued_tokens,
+            "" if deadline_ms is None else deadline_ms,
+            group.traceparent,
+            order.entry if order else "",
+            order.consumer if order else "",
+        ]
+        for request in requests:
+            jobs = self.keys.jobs(request.teacher)
+            keys += [jobs.stream, jobs.load]
+            arguments += [request.view, request.SerializeToString(), count_tokens(group, request)]
+        return Submitted((await self._run("submit", stream, keys, *arguments)).decode())
+
+    # Eyes.
+
+    async def teacher_stats(self, teacher: str) -> TeacherStats:
+        """Counts of the queue in front of `teacher`."""
+        stream = self.keys.jobs(teacher)
+        load = await self._persist(lambda: self._client.hgetall(stream.load), "reading stats")
+        return TeacherStats(
+            jobs=await self._stream_stats(stream),
+            queued_tokens=int(load.get(b"queued_tokens", 0)),
+            scored=int(load.get(b"scored", 0)),
+            dead=int(load.get(b"dead", 0)),
+            expired=int(load.get(b"expired", 0)),
+        )
+
+    async def run_stats(self, run: str) -> RunStats:
+        """Counts of the run's orders and scored groups."""
+        orders = self.keys.orders(run)
+        dead = await self._persist(lambda: self._client.hget(orders.load, "dead"), "reading stats")
+        return RunStats(
+            orders=await self._stream_stats(orders),
+            scored=await self._stream_stats(self.keys.scored(run)),
+            dead_orders=int(dead or 0),
+        )
+
+    async def dead_letters(self, teacher: str, count: int = 100) -> list[DeadLetter]:
+        """The newest jobs given up for `teacher`, newest first."""
+        return await self._dead(self.keys.jobs(teacher), count)
+
+    async def dead_orders(self, run: str, count: int = 100) -> list[DeadLetter]:
+        """The newest orders given up in `run`, newest first."""
+        return await self._dead(self.keys.orders(run), count)
+
+    async def publish_progress(self, run: str, progress: Mapping[str, Any]) -> None:
+        """Set fields of the run's progress; values are JSON."""
+        values = {name: json.dumps(value) for name, value in progress.items()}
+        if values:
+            key = self.keys.progress(run)
+            await self._persist(lambda: self._client.hset(key, mapping=values), "publishing progress")
+
+    async def read_progress(self, run: str) -> dict[str, Any]:
+        """All fields of the run's progress."""
+        key = self.keys.progress(run)
+        found = await self._persist(lambda: self._client.hgetall(key), "reading progress")
+        return {name.decode(): json.loads(value) for name, value in found.items()}
+
+    def presence(self, role: str, name: str) -> Presence:
+        """A context manager that says this process lives."""
+        return Presence(self.url, self.keys, self.lease, role, name)
+
+    async def alive(self, role: str) -> dict[str, float]:
+        """Live processes of a role by name: seconds since each last said so, by the server's clock."""
+        prefix = self.keys.alive(role, "")
+        return await self._persist(lambda: self._alive(prefix), "looking for processes")
+
+    async def trim(self, *, teachers: Sequence[str] = (), runs: Sequence[str] = ()) -> int:
+        """Delete entries nobody needs any more; workers and reader also do it as they go."""
+        streams = [self.keys.jobs(teacher) for teacher in teachers]
+        streams += [stream for run in runs for stream in (self.keys.orders(run), self.keys.scored(run))]
+        return sum([int(await self._run("trim", stream, [])) for stream in streams])
+
+    async def _run(self, name: str, stream: StreamKeys, keys: list[str], *arguments: Argument) -> Any:
+        everything: list[Argument] = [self.keys.namespace, stream.group, *arguments]
+        return await self._persist(
+            lambda: self._scripts.run(name, [*stream.as_list(), *keys], everything), name
+        )
+
+    async def _alive(self, prefix: str) -> dict[str, float]:
+        result = {}
+        async for key in self._client.scan_iter(match=f"{_literal(prefix)}*", count=1000):
+            total, left = await self._client.get(key), await self._client.pttl(key)
+            if total is not None and left >= 0:
+                result[key.decode().removeprefix(prefix)] = (int(total) - left) / 1000
+        return result
+
+    async def _dead(self, stream: StreamKeys, count: int) -> list[DeadLetter]:
+        rows = await self._persist(
+            lambda: self._client.xrevrange(stream.dead, count=count), "reading dead letters"
+        )
+        return [_dead_letter(fields) for _, fields in rows or []]
+
+    async def _stream_stats(self, stream: StreamKeys) -> StreamStats:
+        return await self._persist(lambda: stream_stats(self._client, stream), "reading stats")
+
+
+def count_tokens(group: Group, request: ViewRequest) -> int:
+    """Tokens a view's job puts into the queue: its contexts once, and every response."""
+    contexts = sum(len(context.ids) for context in request.contexts)
+    responses = sum(len(rollout.response_ids) for rollout in group.rollouts)
+    return (contexts + responses) // INT32_BYTES
+
+
+def _check_group(group: Group, requests: Sequence[ViewRequest]) -> None:
+    if not group.id or not group.run:
+        raise invalid(f"group: id and run must be set, got id={group.id!r} run={group.run!r}")
+    views = [request.view for request in requests]
+    if len(set(views)) != len(views) or "" in views:
+        raise invalid(f"requests: view names must be set and different, got {views}")
+    for request in requests:
+        if not request.teacher:
+            raise invalid(f"requests: teacher must be set, view {request.view!r} has none")
+
+
+def _dead_letter(fields: Mapping[bytes, bytes]) -> DeadLetter:
+    text = {name.decode(): value.decode() for name, value in fields.items()}
+    return DeadLetter(
+        run=text["run"],
+        group=text["group"],
+        view=text["view"],
+        order=text["order"],
+        deliveries=int(text["deliveries"]),
+        error=text["error"],
+    )
+
+
+def _literal(pattern: str) -> str:
+    """`pattern` with the characters that SCAN's glob would interpret escaped."""
+    return "".join(f"\\{letter}" if letter in "*?[]\\^-" else letter for letter in pattern)

@@ -1,0 +1,51 @@
+-- Store a group once and queue one job per view.
+-- KEYS: orders stream, its load hash, its dead letters, group hash, submitted set of the order,
+--       then (jobs stream, load hash) per view.
+-- ARGV: namespace, orders consumer group, run, group id, group bytes, token limit, deadline ms
+--       or '', traceparent, order entry id or '', order consumer, then (view, request, tokens).
+-- Returns: queued | exists | full | lost.
+local run, group_id, group_bytes = ARGV[3], ARGV[4], ARGV[5]
+local limit, deadline, traceparent = tonumber(ARGV[6]), ARGV[7], ARGV[8]
+local order_entry, order_consumer = ARGV[9], ARGV[10]
+local group, submitted = KEYS[4], KEYS[5]
+local FIRST_KEY, FIRST_ARG = 6, 11
+local views = (#ARGV - FIRST_ARG + 1) / 3
+
+if order_entry ~= '' then
+  if lease_of(order_entry) ~= order_consumer then return 'lost' end
+  -- Remembered apart from the payload: a group may be trained and deleted before its order ends.
+  if redis.call('SISMEMBER', submitted, group_id) == 1 then return 'exists' end
+end
+if redis.call('EXISTS', group) == 1 then
+  if order_entry ~= '' then redis.call('SADD', submitted, group_id) end
+  return 'exists'
+end
+
+local asked = {}
+for i = 0, views - 1 do
+  local load = KEYS[FIRST_KEY + 2 * i + 1]
+  asked[load] = (asked[load] or 0) + tonumber(ARGV[FIRST_ARG + 3 * i + 2])
+end
+for load, tokens in pairs(asked) do
+  local queued = tonumber(redis.call('HGET', load, 'queued_tokens') or 0)
+  -- An empty queue takes any group, or one larger than the limit would wait for ever.
+  if queued > 0 and queued + tokens > limit then return 'full' end
+end
+
+redis.call('HSET', group, 'group', group_bytes, 'run', run, 'pending', views, 'status', 'queued')
+if order_entry ~= '' then redis.call('SADD', submitted, group_id) end
+for i = 0, views - 1 do
+  local jobs, load = KEYS[FIRST_KEY + 2 * i], KEYS[FIRST_KEY + 2 * i + 1]
+  local view, request, tokens = unpack(ARGV, FIRST_ARG + 3 * i, FIRST_ARG + 3 * i + 2)
+  redis.call('HSET', group, 'request:' .. view, request)
+  local entry = {'group', group_id, 'view', view, 'run', run, 'tokens', tokens}
+  if deadline ~= '' then entry[#entry + 1] = 'deadline'; entry[#entry + 1] = deadline end
+  if traceparent ~= '' then entry[#entry + 1] = 'traceparent'; entry[#entry + 1] = traceparent end
+  redis.call('XADD', jobs, '*', unpack(entry))
+  redis.call('HINCRBY', load, 'queued_tokens', tokens)
+end
+if views == 0 then
+  redis.call('HSET', group, 'status', 'scored')
+  push_scored(run, group_id, 'scored')
+end
+return 'queued'
