@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from tutelage.v1 import teacher_pb2 as pb
+
 from tutelage_client import types as t
-from tutelage_client.errors import invalid
+from tutelage_client.errors import TutelageError, invalid
 
 _FLOAT = {pb.ENCODING_UNSPECIFIED: "<f4", pb.ENCODING_FLOAT32: "<f4", pb.ENCODING_FLOAT16: "<f2"}
 _ENCODING: dict[t.EncodingName, pb.Encoding] = {
@@ -115,16 +116,34 @@ def _sequence_to_proto(sequence: t.Sequence) -> pb.Sequence:
     return message
 
 
-def request_from_proto(message: pb.ScoreRequest) -> t.ScoreRequest:
-    """Decode without judging: values are checked against a teacher's limits by the server."""
+def request_from_proto(
+    message: pb.ScoreRequest, malformed: dict[int, t.SequenceError] | None = None
+) -> t.ScoreRequest:
+    """Decode without judging: values are checked against a teacher's limits by the server.
+
+    A sequence whose arrays have no whole shape raises, or is noted by its index in `malformed`
+    when that is given, and left without a response, so that it can fail alone.
+    """
     return t.ScoreRequest(
         contexts=tuple(unpack_ids(c.ids, f"contexts[{i}].ids") for i, c in enumerate(message.contexts)),
-        sequences=tuple(_sequence_from_proto(i, s) for i, s in enumerate(message.sequences)),
+        sequences=tuple(_sequence_or_note(i, s, malformed) for i, s in enumerate(message.sequences)),
         signal=signal_from_proto(message.signal),
         teacher=message.teacher,
         pins=pins_from_proto(message.pins),
         request_id=message.request_id,
     )
+
+
+def _sequence_or_note(
+    index: int, message: pb.Sequence, malformed: dict[int, t.SequenceError] | None
+) -> t.Sequence:
+    try:
+        return _sequence_from_proto(index, message)
+    except TutelageError as error:
+        if malformed is None:
+            raise
+        malformed[index] = t.SequenceError(error.code, error.message)
+        return t.Sequence(message.id, message.context, np.empty(0, dtype=np.int32))
 
 
 def _sequence_from_proto(index: int, message: pb.Sequence) -> t.Sequence:
@@ -194,6 +213,11 @@ def _sequence_score_to_proto(score: t.SequenceScore, encoding: t.EncodingName) -
         entropy=_floats(score.entropy, _FLOAT[wire]),
         valid=score.valid.astype(np.uint8, copy=False).tobytes(),
     )
+
+
+def score_to_bytes(score: t.Score, encoding: t.EncodingName = "float32") -> bytes:
+    """A serialised ScoreResponse."""
+    return score_to_proto(score, encoding).SerializeToString()
 
 
 def score_from_proto(message: pb.ScoreResponse) -> t.Score:

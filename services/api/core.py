@@ -1,0 +1,228 @@
+"""The scoring core: everything a request goes through, whichever door it came in by.
+
+gRPC, HTTP and the queue are thin doors over one ScoringCore over one Scorer. In order: open for
+requests? request fits? which sequences can be scored? room for its tokens? still in time? engine,
+guard, answer. What a caller can fix never reaches the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Literal
+
+import structlog
+from tutelage_client.errors import TutelageError
+from tutelage_client.types import (
+    Identity,
+    Limits,
+    Score,
+    ScoreRequest,
+    SequenceError,
+    SequenceScore,
+    Teacher,
+)
+
+from services.api.admission import Admission
+from services.api.guard import guard
+from services.api.metrics import Metrics
+from services.api.validate import check_pins_after, check_request, check_sequences, request_tokens
+from services.teacher.engine import Scorer
+
+State = Literal["loading", "ready", "draining"]
+
+_log = structlog.get_logger(__name__)
+
+
+class ScoringCore:
+    """Scores requests over one scorer; safe to call concurrently from one event loop."""
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        *,
+        max_queued_tokens: int,
+        max_message_bytes: int,
+        metrics: Metrics | None = None,
+    ) -> None:
+        self.metrics = metrics or Metrics()
+        self.admission = Admission(max_queued_tokens)
+        self.state: State = "loading"
+        self._scorer = scorer
+        self._max_message_bytes = max_message_bytes
+        self._in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.draining = asyncio.Event()
+
+    @property
+    def identity(self) -> Identity:
+        return self._scorer.identity
+
+    @property
+    def limits(self) -> Limits:
+        limits = self._scorer.limits
+        return replace(limits, max_message_bytes=min(limits.max_message_bytes, self._max_message_bytes))
+
+    def open(self) -> None:
+        """The model is loaded: accept requests from now on."""
+        self.state = "ready"
+        self.metrics.ready.set(1)
+
+    def begin_drain(self) -> None:
+        """Accept nothing more; what was accepted is still answered."""
+        self.state = "draining"
+        self.metrics.ready.set(0)
+        self.draining.set()
+
+    async def drained(self) -> None:
+        """Return once nothing accepted is left unanswered."""
+        await self._idle.wait()
+
+    def teacher(self, name: str = "") -> Teacher:
+        """Who scores here; NOT_FOUND for another name, UNAVAILABLE while the model loads."""
+        if self.state == "loading":
+            raise TutelageError("UNAVAILABLE", "teacher: the model is still loading", retry_after=1.0)
+        if name not in ("", self.identity.name):
+            raise TutelageError("NOT_FOUND", f"teacher: got {name!r}, here is {self.identity.name!r}")
+        return Teacher(identity=self.identity, limits=self.limits, ready=self.state == "ready")
+
+    async def score(
+        self,
+        request: ScoreRequest,
+        *,
+        transport: str,
+        remaining_seconds: float | None = None,
+        malformed: Mapping[int, SequenceError] | None = None,
+    ) -> Score:
+        """Answer one request.
+
+        Args:
+            transport: "grpc", "stream", "http" or "queue", for the metrics. Queue jobs were bounded
+                when they were enqueued: they are counted, never refused, and finish during a drain.
+            remaining_seconds: until the caller's deadline; None when it has none.
+            malformed: sequences that could not even be decoded, by index.
+
+        Raises TutelageError; a cancelled task withdraws its work from the engine.
+        """
+        deadline = None
+        if remaining_seconds is not None:
+            deadline = asyncio.get_running_loop().time() + remaining_seconds
+        with self._counted(transport):
+            if self.state != "ready" and not (transport == "queue" and self.state == "draining"):
+                text = "loading its model" if self.state == "loading" else "draining"
+                raise TutelageError("UNAVAILABLE", f"teacher: the service is {text}", retry_after=1.0)
+            check_request(request, self.identity, self.limits)
+            problems = {**check_sequences(request, self.identity, self.limits), **(malformed or {})}
+            return await self._score_checked(request, problems, deadline, bounded=transport == "queue")
+
+    async def _score_checked(
+        self,
+        request: ScoreRequest,
+        problems: Mapping[int, SequenceError],
+        deadline: float | None,
+        *,
+        bounded: bool,
+    ) -> Score:
+        for problem in problems.values():
+            self.metrics.sequence_errors.labels(problem.code).inc()
+        if len(problems) == len(request.sequences):
+            failed = [SequenceScore(s.id, problems[i]) for i, s in enumerate(request.sequences)]
+            return Score(tuple(failed), self.identity, request_id=request.request_id)
+        work = request
+        if problems:
+            kept = tuple(s for i, s in enumerate(request.sequences) if i not in problems)
+            work = replace(request, sequences=kept)
+        score = await self._admitted(work, deadline, bounded=bounded)
+        check_pins_after(request.pins, score.identity)
+        guarded = self._guarded(work, score)
+        if problems:
+            scored = iter(guarded)
+            guarded = [
+                SequenceScore(s.id, problems[i]) if i in problems else next(scored)
+                for i, s in enumerate(request.sequences)
+            ]
+        return replace(score, sequences=tuple(guarded), request_id=request.request_id)
+
+    async def _admitted(self, request: ScoreRequest, deadline: float | None, *, bounded: bool) -> Score:
+        """Hold the request's tokens in the admission count while the engine has it."""
+        tokens = request_tokens(request)
+        remaining = None if deadline is None else deadline - asyncio.get_running_loop().time()
+        if remaining is not None and remaining <= 0:
+            raise TutelageError("DEADLINE_EXCEEDED", "deadline: passed before the request reached the engine")
+        if bounded:
+            self.admission.enter_unchecked(tokens)
+        else:
+            self.admission.enter(tokens, remaining)
+        self.metrics.queued_tokens.set(self.admission.queued_tokens)
+        answered = False
+        try:
+            score = await self._in_time(request, deadline)
+            answered = True
+            return score
+        finally:
+            self.admission.leave(tokens, answered=answered)
+            self.metrics.queued_tokens.set(self.admission.queued_tokens)
+            self.metrics.throughput.set(self.admission.tokens_per_second or 0.0)
+
+    async def _in_time(self, request: ScoreRequest, deadline: float | None) -> Score:
+        self.metrics.engine_requests.inc()
+        try:
+            async with asyncio.timeout_at(deadline) as limit:
+                return await self._scorer.score(request)
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            message = "deadline: passed while the request was with the engine"
+            raise TutelageError("DEADLINE_EXCEEDED", message) from error
+
+    def _guarded(self, request: ScoreRequest, score: Score) -> list[SequenceScore]:
+        if len(score.sequences) != len(request.sequences):
+            raise TutelageError(
+                "INTERNAL",
+                f"engine answered {len(score.sequences)} sequences, asked were {len(request.sequences)}",
+            )
+        guarded, invalid, positions = [], 0, 0
+        for answer, sequence in zip(score.sequences, request.sequences, strict=True):
+            checked, bad = guard(answer, sequence, request.signal)
+            guarded.append(checked)
+            invalid += bad
+            positions += checked.num_positions
+        self.metrics.positions.inc(positions)
+        self.metrics.tokens_computed.inc(score.usage.tokens_computed)
+        self.metrics.tokens_reused.inc(score.usage.tokens_reused)
+        self.metrics.engine_seconds.inc(score.usage.compute_ms / 1e3)
+        if invalid:
+            self.metrics.invalid_positions.inc(invalid)
+            _log.warning("scores_not_finite", positions=invalid, of=positions)
+        return guarded
+
+    @contextmanager
+    def _counted(self, transport: str) -> Iterator[None]:
+        """Count the request, keep the drain waiting for it, and let only TutelageError out."""
+        began = asyncio.get_running_loop().time()
+        code = "INTERNAL"
+        self._in_flight += 1
+        self._idle.clear()
+        try:
+            yield
+            code = "OK"
+        except TutelageError as error:
+            code = error.code
+            raise
+        except asyncio.CancelledError:
+            code = "CANCELLED"
+            raise
+        except Exception as error:
+            _log.exception("scoring_failed", transport=transport)
+            message = f"engine failed with {type(error).__name__}; see the teacher's log"
+            raise TutelageError("INTERNAL", message) from error
+        finally:
+            self._in_flight -= 1
+            if not self._in_flight:
+                self._idle.set()
+            self.metrics.requests.labels(transport, code).inc()
+            seconds = asyncio.get_running_loop().time() - began
+            self.metrics.seconds.labels(transport).observe(seconds)

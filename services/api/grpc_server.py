@@ -1,0 +1,229 @@
+"""The gRPC door: TeacherService, health and reflection over a ScoringCore.
+
+Messages are handled as bytes and parsed here, so that a malformed one is answered with
+INVALID_ARGUMENT; gRPC's own deserialisation would answer INTERNAL.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, NoReturn, TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from tutelage.v1 import teacher_pb2 as pb
+from tutelage_client import codec
+from tutelage_client.errors import TutelageError, invalid
+from tutelage_client.types import SequenceError
+
+from services.api.auth import TokenCheck
+from services.api.core import ScoringCore
+from services.api.settings import ServiceSettings
+
+SERVICE = pb.DESCRIPTOR.services_by_name["TeacherService"].full_name
+_HEALTH_PREFIX = "/grpc.health.v1.Health/"
+
+Context = grpc.aio.ServicerContext[Any, Any]
+M = TypeVar("M", bound=Message)
+
+
+class GrpcServer:
+    """One listening gRPC server; `start` returns once it is bound."""
+
+    def __init__(self, core: ScoringCore, settings: ServiceSettings) -> None:
+        self._settings = settings
+        self._health = health.aio.HealthServicer()
+        self._server = grpc.aio.server(
+            interceptors=[_Authorize(TokenCheck(settings.read_tokens()))],
+            options=[
+                ("grpc.max_receive_message_length", settings.max_message_bytes),
+                ("grpc.max_send_message_length", settings.max_message_bytes),
+                ("grpc.so_reuseport", 0),  # a taken port is an error, not a silent split of the traffic
+            ],
+        )
+        self._server.add_generic_rpc_handlers((_handlers(_Servicer(core)),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+        self.address = ""
+
+    async def start(self) -> None:
+        """Bind and answer; health says NOT_SERVING until `set_serving`. Raises OSError when taken."""
+        host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host
+        wanted = f"{host}:{self._settings.grpc_port}"
+        try:
+            port = self._bind(wanted)
+        except RuntimeError as error:
+            raise OSError(f"gRPC cannot listen on {wanted}: {error}") from error
+        self.address = f"{host}:{port}"
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._server.start()
+
+    async def set_serving(self) -> None:
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+
+    async def begin_drain(self) -> None:
+        """Health says NOT_SERVING from now on; running calls go on."""
+        await self._health.enter_graceful_shutdown()
+
+    async def stop(self, grace_seconds: float) -> None:
+        await self._server.stop(grace_seconds)
+
+    def _bind(self, address: str) -> int:
+        tls = self._settings.tls
+        if tls is None:
+            return self._server.add_insecure_port(address)
+        authority = None if tls.client_authority is None else tls.client_authority.read_bytes()
+        credentials = grpc.ssl_server_credentials(
+            [(tls.key.read_bytes(), tls.certificate.read_bytes())],
+            root_certificates=authority,
+            require_client_auth=authority is not None,
+        )
+        return self._server.add_secure_port(address, credentials)
+
+    async def _set_health(self, status: Any) -> None:
+        for name in ("", SERVICE):
+            await self._health.set(name, status)
+
+
+class _Servicer:
+    """Bytes in, bytes out."""
+
+    def __init__(self, core: ScoringCore) -> None:
+        self._core = core
+
+    async def get_teacher(self, data: bytes, context: Context) -> bytes:
+        try:
+            request = _parse(pb.GetTeacherRequest, data)
+            return codec.teacher_to_proto(self._core.teacher(request.teacher)).SerializeToString()
+        except TutelageError as error:
+            await _abort(context, error)
+
+    async def score(self, data: bytes, context: Context) -> bytes:
+        try:
+            message = _parse(pb.ScoreRequest, data)
+            return await self._answer(message, context.time_remaining(), "grpc")
+        except TutelageError as error:
+            await _abort(context, error)
+
+    async def score_stream(self, _messages: object, context: Context) -> None:
+        """Answer as answers finish; stop reading, not refuse, when the service is full."""
+        running: set[asyncio.Task[None]] = set()
+        draining = asyncio.create_task(self._core.draining.wait())
+        try:
+            while True:
+                reading = asyncio.create_task(_read(context))
+                await asyncio.wait({reading, draining}, return_when=asyncio.FIRST_COMPLETED)
+                if not reading.done():
+                    reading.cancel()
+                    break
+                data = reading.result()
+                if data is None:
+                    break
+                await self._wait_for_room(running)
+                task = asyncio.create_task(self._answer_on_stream(data, context))
+                running.add(task)
+                task.add_done_callback(running.discard)
+            await asyncio.gather(*running)
+        finally:
+            draining.cancel()
+            for task in running:
+                task.cancel()
+        if self._core.draining.is_set():
+            await _abort(context, TutelageError("UNAVAILABLE", "teacher: the service is draining"))
+
+    async def _answer(self, message: pb.ScoreRequest, remaining: float | None, transport: str) -> bytes:
+        malformed: dict[int, SequenceError] = {}
+        request = codec.request_from_proto(message, malformed)
+        score = await self._core.score(
+            request, transport=transport, remaining_seconds=remaining, malformed=malformed
+        )
+        return codec.score_to_bytes(score, request.signal.encoding)
+
+    async def _wait_for_room(self, running: set[asyncio.Task[None]]) -> None:
+        admission = self._core.admission
+        while running and admission.queued_tokens >= admission.max_queued_tokens:
+            await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+
+    async def _answer_on_stream(self, data: bytes, context: Context) -> None:
+        request_id = ""
+        try:
+            message = _parse(pb.ScoreRequest, data)
+            request_id = message.request_id
+            answer = await self._answer(message, context.time_remaining(), "stream")
+        except TutelageError as error:
+            refusal = pb.SequenceError(code=error.code, message=error.message)
+            answer = pb.ScoreResponse(request_id=request_id, error=refusal).SerializeToString()
+        await context.write(answer)
+
+
+class _Authorize(grpc.aio.ServerInterceptor):
+    """Refuses every call without an accepted token, except health checks."""
+
+    def __init__(self, tokens: TokenCheck) -> None:
+        self._tokens = tokens
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        handler = await continuation(handler_call_details)
+        if handler is None or handler_call_details.method.startswith(_HEALTH_PREFIX):
+            return handler
+        metadata = dict(handler_call_details.invocation_metadata)
+        if self._tokens.allows(metadata.get("authorization")):
+            return handler
+        return _refusal_like(handler)
+
+
+def _refusal_like(handler: grpc.RpcMethodHandler[Any, Any]) -> grpc.RpcMethodHandler[Any, Any]:
+    """A handler of the same shape that refuses; a streaming call must not wait for a message first."""
+    error = TutelageError("UNAUTHENTICATED", "authorization: got no accepted bearer token")
+
+    async def unary(_request: object, context: Context) -> NoReturn:
+        await _abort(context, error)
+
+    async def stream(_request: object, context: Context) -> Any:
+        await _abort(context, error)
+        yield b""  # pragma: no cover - makes this an async generator
+
+    make = {
+        (False, False): grpc.unary_unary_rpc_method_handler,
+        (False, True): grpc.unary_stream_rpc_method_handler,
+        (True, False): grpc.stream_unary_rpc_method_handler,
+        (True, True): grpc.stream_stream_rpc_method_handler,
+    }[handler.request_streaming, handler.response_streaming]
+    return make(stream if handler.response_streaming else unary)
+
+
+def _handlers(servicer: _Servicer) -> grpc.GenericRpcHandler:
+    return grpc.method_handlers_generic_handler(
+        SERVICE,
+        {
+            "GetTeacher": grpc.unary_unary_rpc_method_handler(servicer.get_teacher),
+            "Score": grpc.unary_unary_rpc_method_handler(servicer.score),
+            "ScoreStream": grpc.stream_stream_rpc_method_handler(servicer.score_stream),
+        },
+    )
+
+
+def _parse(kind: type[M], data: bytes) -> M:
+    try:
+        return kind.FromString(data)
+    except DecodeError as error:
+        raise invalid(f"message: got {len(data)} bytes that are not a {kind.DESCRIPTOR.name}") from error
+
+
+async def _read(context: Context) -> bytes | None:
+    message = await context.read()
+    return None if message is grpc.aio.EOF else message
+
+
+async def _abort(context: Context, error: TutelageError) -> NoReturn:
+    metadata = () if error.retry_after is None else (("retry-after", f"{error.retry_after:.3f}"),)
+    await context.abort(grpc.StatusCode[error.code], error.message, metadata)
+    raise AssertionError("abort always raises")

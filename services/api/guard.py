@@ -1,0 +1,93 @@
+"""The last look at an engine's answer: right shapes, and no number that is not one.
+
+A position with a score that is not finite (or too large for the asked encoding) becomes
+valid=False with NaN everywhere and PAD_ID among the top ids, whatever the engine called it.
+Shapes: R response positions, K top ids, C candidates.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tutelage_client.errors import TutelageError
+from tutelage_client.types import PAD_ID, BoolArray, FloatArray, Sequence, SequenceScore, Signal
+
+_FLOAT16_LIMIT = float(np.finfo(np.float16).max)
+
+
+def guard(score: SequenceScore, sequence: Sequence, signal: Signal) -> tuple[SequenceScore, int]:
+    """The score as it may leave the service, and how many of its positions are invalid.
+
+    Raises INTERNAL when the engine's answer does not have the shape of the question: a
+    misaligned number must never look like a score.
+    """
+    if score.error is not None:
+        return score, 0
+    _check_shapes(score, sequence, signal)
+    assert score.valid is not None
+    valid = score.valid
+    if not _all_finite(score, signal):
+        valid = valid & _finite_rows(score, sequence, signal)
+    invalid = int(len(valid) - np.count_nonzero(valid))
+    return (_blank(score, valid), invalid) if invalid else (score, 0)
+
+
+def _check_shapes(score: SequenceScore, sequence: Sequence, signal: Signal) -> None:
+    rows = len(sequence.response_ids)
+    columns = 0 if sequence.candidate_ids is None else sequence.candidate_ids.shape[1]
+    top = (rows, signal.top_k) if signal.top_k else None
+    expected: dict[str, tuple[int, ...] | None] = {
+        "sampled": (rows,) if signal.sampled else None,
+        "top_ids": top,
+        "top_logprobs": top,
+        "candidate_logprobs": (rows, columns) if signal.candidates else None,
+        "entropy": (rows,) if signal.entropy else None,
+        "valid": (rows,),
+    }
+    for field, shape in expected.items():
+        array: npt.NDArray[Any] | None = getattr(score, field)
+        got = None if array is None else array.shape
+        if got != shape:
+            raise TutelageError("INTERNAL", f"engine answered {field} with shape {got}, asked was {shape}")
+    if score.id != sequence.id:
+        raise TutelageError("INTERNAL", f"engine answered sequence {score.id!r} in place of {sequence.id!r}")
+
+
+def _all_finite(score: SequenceScore, signal: Signal) -> bool:
+    """Quick and one-sided: a finite sum has only finite terms. Candidates may hold NaN at pads."""
+    if signal.encoding == "float16" or score.candidate_logprobs is not None:
+        return False
+    arrays = (score.sampled, score.top_logprobs, score.entropy)
+    return all(a is None or math.isfinite(float(np.add.reduce(a, axis=None))) for a in arrays)
+
+
+def _finite_rows(score: SequenceScore, sequence: Sequence, signal: Signal) -> BoolArray:
+    limit = _FLOAT16_LIMIT if signal.encoding == "float16" else math.inf
+
+    def finite(array: FloatArray) -> BoolArray:
+        return np.abs(array) < limit  # NaN compares false
+
+    rows = np.ones(len(sequence.response_ids), dtype=np.bool_)
+    for array in (score.sampled, score.entropy):
+        if array is not None:
+            rows &= finite(array)
+    if score.top_logprobs is not None:
+        rows &= finite(score.top_logprobs).all(axis=1)
+    if score.candidate_logprobs is not None and sequence.candidate_ids is not None:
+        rows &= (finite(score.candidate_logprobs) | (sequence.candidate_ids == PAD_ID)).all(axis=1)
+    return rows
+
+
+def _blank(score: SequenceScore, valid: BoolArray) -> SequenceScore:
+    """A copy with NaN, and PAD_ID for ids, wherever `valid` is False."""
+    changed: dict[str, npt.NDArray[Any]] = {"valid": valid}
+    for field in ("sampled", "top_logprobs", "candidate_logprobs", "entropy", "top_ids"):
+        array: npt.NDArray[Any] | None = getattr(score, field)
+        if array is not None:
+            changed[field] = array.copy()
+            changed[field][~valid] = PAD_ID if field == "top_ids" else np.nan
+    return replace(score, **changed)  # type: ignore[arg-type]

@@ -1,0 +1,44 @@
+"""What a scoring service counts, as Prometheus metrics on a registry of its own."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+
+class Metrics:
+    """One instance per process; units are in the names."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"tutelage_{name}", text, labels, registry=self.registry)
+
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(f"tutelage_{name}", text, registry=self.registry)
+
+        self.requests = counter("requests", "Requests answered, by status", "transport", "code")
+        self.seconds = Histogram(
+            "tutelage_request_duration_seconds",
+            "From arrival to answer",
+            ("transport",),
+            registry=self.registry,
+            buckets=_SECONDS,
+        )
+        self.engine_requests = counter("engine_requests", "Requests handed to the engine")
+        self.engine_seconds = counter("engine_compute_seconds", "Compute time the engine reported")
+        self.positions = counter("scored_positions", "Response positions answered")
+        self.tokens_computed = counter("computed_tokens", "Tokens the engine computed")
+        self.tokens_reused = counter("reused_tokens", "Tokens the engine took from a cache")
+        self.sequence_errors = counter("sequence_errors", "Sequences refused alone", "code")
+        self.invalid_positions = counter("invalid_positions", "Positions without a finite score")
+        self.queued_tokens = gauge("queued_tokens", "Tokens accepted and not yet scored")
+        self.throughput = gauge("throughput_tokens_per_second", "Measured while busy")
+        self.ready = gauge("ready", "1 while requests are accepted")
+        self.queue_jobs = counter("queue_jobs", "Jobs taken from the queue, by outcome", "outcome")
+
+    def exposition(self) -> bytes:
+        """The text format that Prometheus scrapes."""
+        return generate_latest(self.registry)

@@ -1,0 +1,90 @@
+"""Settings of one teacher replica: what it serves, where, and which queue it works for."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from tutelage_client.types import Limits
+
+from services.api.settings import ServiceSettings
+from services.teacher.engines.fake import FakeSettings
+
+EngineName = Literal["transformers", "fake"]
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class LimitSettings(BaseModel):
+    """What the replica accepts in one request; unset fields are the engine's own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_sequences: int = Field(default=1024, ge=1, description="sequences in a request")
+    max_sequence_tokens: int | None = Field(
+        default=None,
+        ge=2,
+        description="context + response of a sequence; unset: what the model was built for",
+    )
+    max_request_tokens: int = Field(
+        default=1_048_576, ge=2, description="tokens in a request, shared contexts counted once"
+    )
+    max_top_k: int = Field(default=256, ge=0, description="largest K of signal.top_k")
+    max_candidates: int = Field(default=256, ge=0, description="largest C of candidate_ids [R, C]")
+
+    def limits(self, max_sequence_tokens: int, max_message_bytes: int) -> Limits:
+        """As the contract's Limits, with the model's own length where none is set."""
+        own = self.max_sequence_tokens
+        return Limits(
+            max_sequences=self.max_sequences,
+            max_sequence_tokens=max_sequence_tokens if own is None else min(own, max_sequence_tokens),
+            max_request_tokens=self.max_request_tokens,
+            max_top_k=self.max_top_k,
+            max_candidates=self.max_candidates,
+            max_message_bytes=max_message_bytes,
+        )
+
+
+class TeacherSettings(BaseModel):
+    """One replica of one teacher."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(
+        default="teacher", pattern=r"^[A-Za-z0-9_.-]+$", description="name that callers ask for"
+    )
+    engine: EngineName = Field(default="transformers", description="what computes the scores")
+    model: str | None = Field(default=None, description="directory or hub id; not needed by the fake engine")
+    revision: str | None = Field(default=None, description="revision of a model on the hub")
+    dtype: DtypeName = Field(
+        default="auto", description="weights and activations; auto: as the model was saved"
+    )
+    device: str = Field(default="auto", description="cpu, cuda, cuda:1, …; auto: a GPU when there is one")
+    max_batch_tokens: int = Field(default=16_384, ge=1, description="tokens of one forward pass")
+    deterministic: bool = Field(
+        default=False, description="each request in its own forward pass, one torch thread"
+    )
+    threads: int | None = Field(default=None, ge=1, description="torch threads on the CPU")
+    fake: FakeSettings = Field(default_factory=FakeSettings, description="the fake engine's behaviour")
+    limits: LimitSettings = Field(default_factory=LimitSettings)
+    service: ServiceSettings = Field(default_factory=ServiceSettings)
+    queue_url: str | None = Field(default=None, description="redis://… of the queue to take jobs from")
+    namespace: str = Field(default="tutelage", description="prefix of every key in the queue")
+    heartbeat_seconds: float = Field(default=10.0, gt=0, description="how often a job's lease is renewed")
+    queue_concurrency: int = Field(default=8, ge=1, description="jobs held from the queue at once")
+    consumer: str = Field(
+        default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}",
+        description="this replica's name in the queue, unique among the replicas of a teacher",
+    )
+    ready_file: Path | None = Field(
+        default=None, description="written, as JSON, with the chosen addresses once the model is loaded"
+    )
+    grace_seconds: float = Field(default=30.0, gt=0, description="time to finish accepted work after SIGTERM")
+
+    @model_validator(mode="after")
+    def _needs_a_model(self) -> TeacherSettings:
+        if self.engine != "fake" and not self.model:
+            raise ValueError(f"model: got none, engine {self.engine!r} needs a directory or a hub id")
+        return self
