@@ -1,0 +1,277 @@
+"""The chunked head: a loss over the vocabulary whose logits never exist all at once.
+
+A chunk of rows is taken through the head, its loss and the gradient by its logits are computed, and the
+gradients of hidden states and head are accumulated at once, in the forward pass. The backward pass
+only scales them. Per chunk two [chunk, V] buffers at most are alive (one without a teacher head), beside the
+gradient of the head itself; four head-sized matrix products with a teacher head, three without.
+
+Numbers: logits are float32 (float64 for float64 inputs); a head in another dtype is converted in tiles.
+Sums over the vocabulary are taken in tiles and added in float64, because one float32 sum over 152k terms
+loses four digits and CPU log_softmax is biased by 7e-6 there.
+
+Shapes: N rows, R rows of a chunk, V vocabulary, H hidden, W columns of a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from student_trainer.objective.batch import Head
+from student_trainer.objective.divergences import dense
+from student_trainer.objective.rows import Rows
+
+CONVERTED_ROWS = 16_384  # of a head that is converted to the dtype of the logits, at a time
+
+
+class NonFiniteStudentError(ArithmeticError):
+    """The student's own logits, or the loss, are not finite: the student has diverged."""
+
+
+@dataclass(frozen=True)
+class HeadPass:
+    """One head at one temperature: hidden rows → logits, and logit gradients → back."""
+
+    head: Head
+    temperature: float
+    dtype: torch.dtype
+
+    def logits(self, hidden: Tensor, out: Tensor) -> None:
+        """Write softcap(scale · (h Wᵀ + b)) / temperature into `out`, [R, V]."""
+        for columns, weight in self._weights():
+            torch.mm(hidden, weight.t(), out=out[:, columns])
+        if self.head.bias is not None:
+            out += self.head.bias
+        if self.head.softcap is None:
+            factor = self.head.scale / self.temperature
+            if factor != 1:
+                out *= factor
+            return
+        out.mul_(self.head.scale / self.head.softcap).tanh_().mul_(self.head.softcap / self.temperature)
+
+    def chain(self, logits: Tensor) -> Tensor | float:
+        """Derivative of the final logits by h Wᵀ + b."""
+        factor = self.head.scale / self.temperature
+        if self.head.softcap is None:
+            return factor
+        return (logits * (self.temperature / self.head.softcap)).square_().neg_().add_(1).mul_(factor)
+
+    def backward(self, gradient: Tensor, hidden: Tensor, into: Gradients, part: Tensor) -> None:
+        """Accumulate what `gradient` [R, V], by h Wᵀ + b, means for hidden rows and head."""
+        if into.hidden is not None:
+            rows = torch.zeros_like(hidden)
+            for columns, weight in self._weights():
+                rows.addmm_(gradient[:, columns], weight)
+            into.hidden[part] = rows.to(into.hidden.dtype)
+        if into.weight is not None:
+            into.weight.addmm_(gradient.t(), hidden)
+        if into.bias is not None:
+            into.bias += gradient.sum(dim=0)
+
+    def _weights(self) -> Iterator[tuple[slice, Tensor]]:
+        weight = self.head.weight
+        if weight.dtype == self.dtype:
+            yield slice(None), weight
+            return
+        for start in range(0, len(weight), CONVERTED_ROWS):
+            columns = slice(start, start + CONVERTED_ROWS)
+            yield columns, weight[columns].to(self.dtype)
+
+
+@dataclass
+class Gradients:
+    """What the backward pass will hand on; None where nothing asks for it."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def scaled(self, factor: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        for gradient in (self.hidden, self.weight, self.bias):
+            if gradient is not None:
+                gradient.mul_(factor.to(gradient.dtype))
+        return self.hidden, self.weight, self.bias
+
+
+@dataclass(frozen=True)
+class DenseGradient:
+    """A full divergence's derivative for a chunk, before the softmax's own term."""
+
+    psi: Tensor  # [R, V]
+    total: Tensor  # f64 [R], Σ_V ψ
+    scale: Tensor  # f64 [R], factor of each row
+
+
+@dataclass(frozen=True)
+class ChunkedLoss:
+    """A loss ready to run: rows, student head pass, and for support "full" the teacher's."""
+
+    rows: Rows
+    student: HeadPass
+    teacher: HeadPass | None
+    teacher_hidden: Tensor | None
+    chunk_rows: int
+    tile_columns: int
+
+    def run(self, hidden: Tensor, gradients: Gradients) -> Tensor:
+        """Σ_t weight_t · loss_t, f64 scalar; fills `gradients`."""
+        index, dtype = self.rows.index, self.student.dtype
+        size = min(self.chunk_rows, max(len(index), 1))
+        vocabulary = len(self.student.head.weight)
+        buffers = [
+            hidden.new_empty(size, vocabulary, dtype=dtype) for _ in range(1 if self.teacher is None else 2)
+        ]
+        loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        finite = torch.ones((), dtype=torch.bool, device=hidden.device)
+        for start in range(0, len(index), size):
+            part = slice(start, min(start + size, len(index)))
+            taken = hidden[index[part]].to(dtype)
+            views = [buffer[: part.stop - part.start] for buffer in buffers]
+            self.student.logits(taken, views[0])
+            normaliser = self._normaliser(views[0])
+            finite &= torch.isfinite(normaliser).all()
+            if self.teacher is None:
+                chunk = self._truncated_chunk(part, views[0], normaliser)
+            else:
+                chunk = self._full_chunk(part, views, normaliser)
+            loss += chunk
+            self.student.backward(views[0], taken, gradients, index[part])
+        if not bool(finite & torch.isfinite(loss)):
+            raise NonFiniteStudentError(
+                "the student's logits or the loss are not finite; nothing was trained"
+            )
+        return loss
+
+    def _truncated_chunk(self, part: slice, logits: Tensor, normaliser: Tensor) -> Tensor:
+        loss, sparse, _ = self._row_losses(part, logits, normaliser, None, None)
+        self._write_gradient(part, logits, normaliser, sparse, None)
+        return loss
+
+    def _full_chunk(self, part: slice, buffers: list[Tensor], normaliser: Tensor) -> Tensor:
+        assert self.teacher is not None
+        assert self.teacher_hidden is not None
+        logits, other = buffers
+        taken = self.teacher_hidden[self.rows.index[part]].to(self.teacher.dtype)
+        self.teacher.logits(taken, other)
+        value, total, bad = self._dense(logits, normaliser, other)
+        loss, sparse, scale = self._row_losses(part, logits, normaliser, value, bad)
+        assert scale is not None
+        self._write_gradient(part, logits, normaliser, sparse, DenseGradient(other, total, scale))
+        return loss
+
+    def _dense(self, logits: Tensor, normaliser: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The full divergence per row and Σ_V ψ, f64 [R]; teacher logits in `other` become ψ.
+
+        Rows where the teacher is not finite are marked bad and their ψ is zero.
+        """
+        plan = self.rows.plan
+        target = self._normaliser(other)
+        value, total = torch.zeros_like(normaliser), torch.zeros_like(normaliser)
+        s_shift, t_shift = (x.to(logits.dtype)[:, None] for x in (normaliser, target))
+        for columns in self._tiles(logits):
+            share, psi = dense(
+                plan.divergence, plan.beta, logits[:, columns] - s_shift, other[:, columns] - t_shift
+            )
+            value += share
+            total += psi.sum(dim=1)
+            other[:, columns] = psi
+        bad = ~(torch.isfinite(target) & torch.isfinite(value) & torch.isfinite(total))
+        other.masked_fill_(bad[:, None], 0)
+        return value.masked_fill(bad, 0), total.masked_fill(bad, 0), bad
+
+    def _row_losses(
+        self, part: slice, logits: Tensor, normaliser: Tensor, value: Tensor | None, bad: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Loss of the chunk, its gradient by the gathered log-probabilities, factors of dense rows."""
+        gathered = logits.gather(1, self.rows.gather_ids[part]).double() - normaliser[:, None]
+        with torch.enable_grad():
+            leaf = gathered.detach().requires_grad_()
+            loss, scale = self.rows.chunk_loss(part, leaf, value, bad)
+            if loss.requires_grad:
+                (sparse,) = torch.autograd.grad(loss, leaf)
+            else:
+                sparse = torch.zeros_like(leaf)
+        return loss.detach(), sparse, scale
+
+    def _write_gradient(
+        self,
+        part: slice,
+        logits: Tensor,
+        normaliser: Tensor,
+        sparse: Tensor,
+        whole: DenseGradient | None,
+    ) -> None:
+        """Overwrite `logits` with the gradient by h Wᵀ + b.
+
+        With d the gradient by gathered log-probabilities, scattered to their ids, the gradient by
+        logits is scale·(ψ − p Σψ) + d − p Σd.
+        """
+        dtype = logits.dtype
+        ids = self.rows.gather_ids[part]
+        chain = self.student.chain(logits.gather(1, ids))
+        push = sparse.sum(dim=1)
+        if whole is not None:
+            push = push + whole.scale * whole.total
+        push, shift = push.to(dtype)[:, None], normaliser.to(dtype)[:, None]
+        entropy = torch.zeros_like(normaliser)
+        for columns in self._tiles(logits):
+            tile = logits[:, columns]
+            factor = self.student.chain(tile)
+            surprise = tile - shift
+            probability = surprise.exp()
+            entropy -= surprise.mul_(probability).sum(dim=1)
+            gradient = probability.mul_(push).neg_()
+            if whole is not None:
+                gradient.addcmul_(whole.psi[:, columns], whole.scale.to(dtype)[:, None])
+            torch.mul(gradient, factor, out=tile)
+        logits.scatter_add_(1, ids, (sparse * chain).to(dtype))
+        self.rows.record_entropy(entropy)
+
+    def _normaliser(self, logits: Tensor) -> Tensor:
+        """log Σ exp over the vocabulary, f64 [R]."""
+        peak = logits.amax(dim=1, keepdim=True)
+        total = torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
+        for columns in self._tiles(logits):
+            total += (logits[:, columns] - peak).exp_().sum(dim=1)
+        return peak.squeeze(1).double() + total.log()
+
+    def _tiles(self, logits: Tensor) -> Iterator[slice]:
+        for start in range(0, logits.shape[1], self.tile_columns):
+            yield slice(start, start + self.tile_columns)
+
+
+class FusedHeadLoss(torch.autograd.Function):
+    """Ties ChunkedLoss into autograd: gradients are made in the forward, scaled in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: ChunkedLoss) -> Tensor:
+        """f32 (f64 for f64 hidden) scalar."""
+        accumulate = job.student.dtype
+        wants_hidden, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        gradients = Gradients(
+            hidden=torch.zeros_like(hidden) if wants_hidden else None,
+            weight=torch.zeros_like(weight, dtype=accumulate) if wants_weight else None,
+            bias=torch.zeros_like(bias, dtype=accumulate) if wants_bias and bias is not None else None,
+        )
+        loss = job.run(hidden, gradients)
+        for name, source in (("weight", weight), ("bias", bias)):
+            gradient = getattr(gradients, name)
+            if gradient is not None and source is not None:
+                setattr(gradients, name, gradient.to(source.dtype))
+        ctx.gradients = gradients
+        return loss.to(accumulate)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        """The stored gradients, scaled in place; they exist once, so only one backward is possible."""
+        gradients: Gradients | None = ctx.gradients
+        if gradients is None:
+            raise RuntimeError("objective_loss can be differentiated once; compute the loss again")
+        ctx.gradients = None
+        return (*gradients.scaled(factor), None)

@@ -1,0 +1,69 @@
+"""A verifiable reward's advantage, and how it meets the distillation advantage."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from student_trainer.objective.compile import Plan
+
+STD_EPSILON = 1e-6
+MAX_LOG_RATIO = 20.0
+
+
+def group_advantages(rewards: Tensor, group_sizes: Tensor, *, divide_by_std: bool) -> Tensor:
+    """Rewards relative to their group, as in GRPO (Shao et al., 2024, section 4.1.2).
+
+    Args:
+        rewards: f32 [B], the rollouts of a group contiguous.
+        group_sizes: int64 [G], sums to B.
+        divide_by_std: also divide by the group's standard deviation (over n − 1).
+
+    Returns:
+        f32 [B]; 0 throughout a group whose rewards are all equal, or of one rollout.
+    """
+    groups = torch.split(rewards, group_sizes.tolist())
+    return torch.cat([_advantages(group, divide_by_std) for group in groups])
+
+
+def _advantages(rewards: Tensor, divide_by_std: bool) -> Tensor:
+    centred = rewards - rewards.mean()
+    if len(rewards) < 2 or bool((rewards == rewards[0]).all()):
+        return torch.zeros_like(rewards)
+    return centred / (rewards.std() + STD_EPSILON) if divide_by_std else centred
+
+
+def rewarded(plan: Plan, advantage: Tensor) -> Tensor:
+    """bool [T]: with mix = "route", the positions that the reward trains; the rest are distilled."""
+    return advantage > 0 if plan.route_reward == "positive" else advantage != 0
+
+
+def mixed_advantage(
+    plan: Plan, distill: Tensor | None, reward: Tensor | None, log_ratio: Tensor | None
+) -> Tensor:
+    """The advantage of the sampled token, f64 [T].
+
+    Args:
+        distill: the teacher's advantage, None when the score function carries no distillation.
+        reward: the reward's advantage, None when the plan needs none.
+        log_ratio: log q(y) − log μ(y), used by mix = "multiply" only.
+    """
+    distilled = None if distill is None else plan.distill_coefficient * distill
+    if reward is None:
+        if distilled is None:
+            raise ValueError("neither a distillation nor a reward advantage")
+        return distilled
+    paid = plan.reward_coefficient * reward
+    if plan.mix == "multiply":
+        return paid if log_ratio is None else paid * _teacher_factor(plan, reward, log_ratio)
+    if plan.mix == "route":
+        chosen = rewarded(plan, reward)
+        return torch.where(chosen, paid, torch.zeros_like(paid) if distilled is None else distilled)
+    return paid if distilled is None else paid + distilled
+
+
+def _teacher_factor(plan: Plan, reward: Tensor, log_ratio: Tensor) -> Tensor:
+    """(1 − c) + c · clip((q/μ)^sign A, 1 ± ratio_clip): RLSD's reweighting, c the distill_coefficient."""
+    powered = torch.exp((torch.sign(reward) * log_ratio).clamp(max=MAX_LOG_RATIO))
+    clipped = powered.clamp(1 - plan.ratio_clip, 1 + plan.ratio_clip)
+    return 1 - plan.distill_coefficient + plan.distill_coefficient * clipped

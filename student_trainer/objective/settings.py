@@ -1,0 +1,129 @@
+"""The objective's settings: six independent choices, strict, as they stand in a run file."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, PositiveInt
+
+Divergence: TypeAlias = Literal["kl_student_teacher", "kl_teacher_student", "jsd"]
+Support: TypeAlias = Literal["sampled", "teacher_topk", "student_topk", "union", "full"]
+Tail: TypeAlias = Literal["raw", "stop_gradient", "renormalise", "bucket"]
+Estimator: TypeAlias = Literal["pathwise", "score_function"]
+Mix: TypeAlias = Literal["replace", "add", "multiply", "route"]
+Normalisation: TypeAlias = Literal["token_mean", "sequence_mean"]
+Horizon: TypeAlias = NonNegativeInt | Literal["response"]
+
+
+class ObjectiveError(ValueError):
+    """Settings that contradict each other or that a teacher cannot serve; says what is allowed."""
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ViewSettings(_Settings):
+    """Whose log-probabilities: weights × context, and how they enter Σ_v c_v · log q_v."""
+
+    weights: str = Field(
+        "teacher", description='"teacher:NAME", or "teacher" where the run has exactly one teacher'
+    )
+    context: Literal["same"] = Field("same", description="the student's own prompt")
+    coefficient: FiniteFloat = Field(1.0, description="c_v of the log-linear target")
+
+
+class NoCorrection(_Settings):
+    """Trust the samples as they are: L = −A · log p(y)."""
+
+    kind: Literal["none"] = Field("none", description="no correction")
+
+
+class ImportanceCorrection(_Settings):
+    """Weigh by p/μ of the sampled token, truncated at `cap` (none: never truncated)."""
+
+    kind: Literal["importance"] = Field(description="weigh by p/μ")
+    cap: Annotated[FiniteFloat, Field(gt=0)] | None = Field(None, description="largest weight")
+
+
+class PpoCorrection(_Settings):
+    """The clipped surrogate of PPO, optionally with the second clip for negative advantages."""
+
+    kind: Literal["ppo"] = Field(description="clip p/μ to 1 ± clip")
+    clip: Annotated[FiniteFloat, Field(gt=0, lt=1)] = Field(0.2, description="width of the clip")
+    clip_high: Annotated[FiniteFloat, Field(gt=0)] | None = Field(
+        None, description="upper clip where it differs from `clip`"
+    )
+    dual_clip: Annotated[FiniteFloat, Field(gt=1)] | None = Field(
+        None, description="bound on p/μ where the advantage is negative"
+    )
+
+
+Correction: TypeAlias = Annotated[
+    NoCorrection | ImportanceCorrection | PpoCorrection, Field(discriminator="kind")
+]
+
+
+class TokenSettings(_Settings):
+    """Which response positions are trained on; all conditions must hold."""
+
+    skip_first_n: NonNegativeInt = Field(0, description="leave out the first n response positions")
+    keep_first_n: PositiveInt | None = Field(None, description="train on the first n positions only")
+    teacher_entropy_above: FiniteFloat | None = Field(None, description="nats; asks for `entropy`")
+    teacher_entropy_below: FiniteFloat | None = Field(None, description="nats; asks for `entropy`")
+
+
+class ObjectiveSettings(_Settings):
+    """What the trainer minimises. `preset` names a published row; other keys override it."""
+
+    preset: str | None = Field(None, description="name of a published method")
+    views: dict[str, ViewSettings] = Field(
+        default_factory=dict, description='empty: one view called "teacher" of the run\'s only teacher'
+    )
+    divergence: Divergence = Field(
+        "kl_student_teacher", description="what is minimised, argument order spelled out"
+    )
+    beta: Annotated[FiniteFloat, Field(ge=0, le=1)] | None = Field(
+        None, description="jsd only (0.5): 0 is KL(teacher‖student), 1 is KL(student‖teacher)"
+    )
+    support: Support = Field("sampled", description="token ids per position that enter the loss")
+    k: PositiveInt | None = Field(None, description="ids per position for top-k supports (64)")
+    tail: Tail | None = Field(None, description="what happens outside a top-k support (bucket)")
+    estimator: Estimator = Field(
+        "score_function",
+        description="differentiate the divergence (pathwise), or weigh the sampled token's log-probability",
+    )
+    correction: Correction = Field(NoCorrection(), description="for samples of an older policy")
+    horizon: Horizon = Field(
+        0, description='score_function: later tokens credited to a token; "response" is all of them'
+    )
+    discount: Annotated[FiniteFloat, Field(ge=0, le=1)] = Field(
+        1.0, description="score_function: factor per later token within the horizon"
+    )
+    advantage_clip: Annotated[FiniteFloat, Field(gt=0)] | None = Field(
+        None, description="score_function: bound on a token's distillation advantage, in nats"
+    )
+    temperature: Annotated[FiniteFloat, Field(gt=0)] | None = Field(
+        None, description="of both distributions; unset: the sampling temperature"
+    )
+    tokens: TokenSettings = Field(TokenSettings(), description="which positions are trained on")
+    mix: Mix = Field("replace", description="how a verifiable reward's advantage joins the distillation")
+    distill_coefficient: FiniteFloat = Field(
+        1.0, description="factor of the distillation part; 0: no teacher"
+    )
+    reward_coefficient: FiniteFloat = Field(1.0, description="factor of the reward's advantage")
+    advantage_std: bool = Field(
+        False, description="divide group-centred rewards by the group's standard deviation"
+    )
+    ratio_clip: Annotated[FiniteFloat, Field(gt=0, le=1)] | None = Field(
+        None, description="mix = multiply: the teacher's factor stays in 1 ± ratio_clip (0.2)"
+    )
+    route_reward: Literal["non_zero", "positive"] | None = Field(
+        None, description="mix = route: reward advantages that send a position to the reward (non_zero)"
+    )
+    normalisation: Normalisation = Field(
+        "token_mean", description="mean over all tokens of the batch, or over responses of their token means"
+    )
+    monitor: bool = Field(
+        True, description="also ask for log q(y) where the loss needs none, for metrics and the report"
+    )
