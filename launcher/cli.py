@@ -38,6 +38,7 @@ app = typer.Typer(
 )
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run file.", show_default=False)]
+Token = Annotated[str | None, typer.Option(envvar="TUTELAGE_TOKEN", help="The teacher's access token.")]
 EVERYTHING, PIECES, LOOK = "Everything at once", "One process at a time", "Look and check"
 
 
@@ -148,7 +149,14 @@ def train(run_file: RunFile) -> None:
 
 
 @app.command(rich_help_panel=LOOK)
-def doctor(run_file: RunFile) -> None:
+def doctor(
+    run_file: RunFile,
+    *,
+    download: Annotated[
+        bool, typer.Option("--download", help="Fetch configuration and tokenizer of hub models (no weights).")
+    ] = False,
+    token: Token = None,
+) -> None:
     """Check a run file against everything it names, before any time is spent.
 
     The objective against the limits of every teacher, tokenizers and vocabularies
@@ -162,7 +170,7 @@ def doctor(run_file: RunFile) -> None:
     with one_line_errors():
         from launcher.doctor import run_doctor
 
-        raise typer.Exit(run_doctor(run_file))
+        raise typer.Exit(run_doctor(run_file, download=download, token=token))
 
 
 @app.command(rich_help_panel=LOOK)
@@ -201,9 +209,7 @@ def score(
     entropy: Annotated[bool, typer.Option("--entropy", help="Also the teacher's entropy.")] = False,
     temperature: Annotated[float, typer.Option(help="Temperature of the log-probabilities.")] = 1.0,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one request.")] = 16_384,
-    token: Annotated[
-        str | None, typer.Option(envvar="TUTELAGE_TOKEN", help="The teacher's access token.")
-    ] = None,
+    token: Token = None,
 ) -> None:
     """Score the responses of a file against a teacher.
 

