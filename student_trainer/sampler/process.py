@@ -1,0 +1,224 @@
+"""The rollout process: a stateless worker that turns orders into sampled groups in the queue."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass
+
+import structlog
+import torch
+from tutelage_client.errors import TutelageError
+
+from services.queue import LeaseSettings, OrderClaim, OrderWorker, Queue, Submitted
+from services.queue.embedded import EmbeddedServer
+from student_trainer.config import RunConfig
+from student_trainer.policy_store import PolicyStore, PolicyVersion
+from student_trainer.sampler.build import build_sampler
+from student_trainer.sampler.evaluation import evaluate
+from student_trainer.sampler.groups import GroupSampler, SampledGroup
+from student_trainer.sampler.policy import StudentPolicy
+
+CLAIM_MS = 500
+POLL_SECONDS = 0.02
+FULL_SECONDS = 0.05
+ROLE = "sampler"
+
+log = structlog.get_logger(__name__)
+
+
+def main(config: RunConfig, name: str) -> int:
+    """Serve orders until SIGTERM or SIGINT; 0 when drained.
+
+    Raises:
+        TutelageError: the run cannot be sampled as configured.
+    """
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    torch.use_deterministic_algorithms(config.run.deterministic)
+    asyncio.run(_serve(config, name))
+    return 0
+
+
+async def _serve(config: RunConfig, name: str) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    settings, lease = config.queue, LeaseSettings(heartbeat=config.queue.heartbeat_seconds)
+    queue = Queue(
+        queue_url(config), settings.namespace, max_queued_tokens=settings.max_queued_tokens, lease=lease
+    )
+    async with queue:
+        with queue.presence(ROLE, name):
+            first = await _first_policy(PolicyStore(config.run.directory / "policy"), stop)
+            if first is None:
+                return
+            policy, sampler = await asyncio.to_thread(build_sampler, config, first)
+            async with queue.orders(config.run.name, name) as worker:
+                service = OrderService(
+                    config=config,
+                    name=name,
+                    queue=queue,
+                    worker=worker,
+                    policy=policy,
+                    sampler=sampler,
+                    stop=stop,
+                )
+                await service.serve()
+    log.info("sampler drained", name=name)
+
+
+def queue_url(config: RunConfig) -> str:
+    """The server's address; an embedded one lives in the run's directory."""
+    if config.queue.url == "embedded":
+        return EmbeddedServer(config.run.directory / "queue").url
+    return config.queue.url
+
+
+async def _first_policy(store: PolicyStore, stop: asyncio.Event) -> PolicyVersion | None:
+    """The newest published version, waited for; None when stopped first."""
+    reported = time.monotonic()
+    while not stop.is_set():
+        if (found := store.latest()) is not None:
+            return found
+        if time.monotonic() - reported > 10.0:
+            reported = time.monotonic()
+            log.info("waiting for the trainer's first policy version", directory=str(store.directory))
+        await asyncio.sleep(POLL_SECONDS)
+    return None
+
+
+@dataclass(slots=True)
+class Counters:
+    """What this process has done; published in the run's progress after every order."""
+
+    orders: int = 0
+    groups: int = 0
+    tokens: int = 0
+    evaluations: int = 0
+    sample_seconds: float = 0.0
+    policy_wait_seconds: float = 0.0
+    full_wait_seconds: float = 0.0
+    policy_version: int = 0
+
+
+class OrderService:
+    """Works on one order at a time, so that a batch is a function of its order alone."""
+
+    def __init__(
+        self,
+        *,
+        config: RunConfig,
+        name: str,
+        queue: Queue,
+        worker: OrderWorker,
+        policy: StudentPolicy,
+        sampler: GroupSampler,
+        stop: asyncio.Event,
+    ) -> None:
+        self._config = config
+        self._name = name
+        self._queue = queue
+        self._worker = worker
+        self._policy = policy
+        self._sampler = sampler
+        self._stop = stop
+        self._counters = Counters()
+
+    async def serve(self) -> None:
+        """Claim and work until stopped; an unfinished order goes back to the queue."""
+        while not self._stop.is_set():
+            for claim in await self._worker.claim(1, CLAIM_MS):
+                await self._attempt(claim)
+
+    async def _attempt(self, claim: OrderClaim) -> None:
+        """One delivery, ended in one way: finished, handed back, failed or given up."""
+        try:
+            done = await self._work(claim)
+        except TutelageError as error:
+            log.error("order failed", order=claim.order.id, delivery=claim.deliveries, error=str(error))
+            if error.code == "INTERNAL":
+                await self._worker.fail(claim, str(error))
+            else:
+                await self._worker.bury(claim, str(error))
+            return
+        except Exception as error:
+            await self._worker.fail(claim, f"{type(error).__name__}: {error}")
+            raise
+        if done:
+            await self._worker.finish(claim)
+            self._counters.orders += 1
+            await self._publish()
+        elif self._worker.holds(claim):
+            log.info("order handed back", order=claim.order.id)
+            await self._worker.release(claim)
+
+    async def _work(self, claim: OrderClaim) -> bool:
+        """True when the order is complete, False when stopped or when its lease was lost."""
+        order = claim.order
+        if not await self._wait_for_policy(claim):
+            return False
+        if order.evaluation:
+            await self._evaluate()
+            return True
+        size = max(1, self._config.sampling.batch_size // self._config.sampling.samples_per_prompt)
+        end = order.first_group + order.num_groups
+        for start in range(order.first_group, end, size):
+            if self._stop.is_set() or not self._worker.holds(claim):
+                return False
+            groups = await self._sample(range(start, min(start + size, end)))
+            for group in groups:
+                if not await self._submit(group, claim):
+                    return False
+        return True
+
+    async def _wait_for_policy(self, claim: OrderClaim) -> bool:
+        started = time.perf_counter()
+        while not self._stop.is_set() and self._worker.holds(claim):
+            if await asyncio.to_thread(self._policy.ready, claim.order):
+                self._counters.policy_wait_seconds += time.perf_counter() - started
+                self._counters.policy_version = self._policy.version
+                return True
+            await asyncio.sleep(POLL_SECONDS)
+        return False
+
+    async def _sample(self, indices: range) -> list[SampledGroup]:
+        started = time.perf_counter()
+        groups = await asyncio.to_thread(self._sampler.sample, indices, self._policy.version)
+        self._counters.sample_seconds += time.perf_counter() - started
+        return groups
+
+    async def _submit(self, sampled: SampledGroup, claim: OrderClaim) -> bool:
+        """Into the queue, waiting while the teachers have enough to do."""
+        started = time.perf_counter()
+        while True:
+            answer = await self._queue.submit_group(sampled.group, sampled.requests, order=claim)
+            if answer is not Submitted.FULL:
+                break
+            if self._stop.is_set():
+                return False
+            await asyncio.sleep(FULL_SECONDS)
+            self._counters.full_wait_seconds += time.perf_counter() - started
+            started = time.perf_counter()
+        if answer is Submitted.LOST:
+            log.warning("order lost to another sampler", order=claim.order.id)
+            return False
+        if answer is Submitted.QUEUED:
+            self._counters.groups += 1
+            self._counters.tokens += sampled.num_tokens
+        return True
+
+    async def _evaluate(self) -> None:
+        version = self._policy.version
+        prompts = self._config.training.evaluation_prompts
+        result = await asyncio.to_thread(evaluate, self._sampler, prompts=prompts, policy_version=version)
+        await self._queue.publish_progress(self._config.run.name, {f"eval:{version}": result})
+        self._counters.evaluations += 1
+
+    async def _publish(self) -> None:
+        await self._queue.publish_progress(
+            self._config.run.name, {f"{ROLE}:{self._name}": asdict(self._counters)}
+        )
