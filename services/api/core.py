@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Literal
 
 import structlog
+from tutelage_client import codec
 from tutelage_client.errors import TutelageError
 from tutelage_client.types import (
     Identity,
@@ -28,7 +29,7 @@ from tutelage_client.types import (
 from services.api.admission import Admission
 from services.api.guard import guard
 from services.api.metrics import Metrics
-from services.api.validate import check_pins_after, check_request, check_sequences, request_tokens
+from services.api.validate import check_pins, check_request, check_sequences
 from services.teacher.engine import Scorer
 
 State = Literal["loading", "ready", "draining"]
@@ -136,7 +137,7 @@ class ScoringCore:
             kept = tuple(s for i, s in enumerate(request.sequences) if i not in problems)
             work = replace(request, sequences=kept)
         score = await self._admitted(work, deadline, bounded=bounded)
-        check_pins_after(request.pins, score.identity)
+        check_pins(request.pins, score.identity)  # weights may have changed while it waited
         guarded = self._guarded(work, score)
         if problems:
             scored = iter(guarded)
@@ -148,7 +149,7 @@ class ScoringCore:
 
     async def _admitted(self, request: ScoreRequest, deadline: float | None, *, bounded: bool) -> Score:
         """Hold the request's tokens in the admission count while the engine has it."""
-        tokens = request_tokens(request)
+        tokens = codec.request_tokens(request)
         remaining = None if deadline is None else deadline - asyncio.get_running_loop().time()
         if remaining is not None and remaining <= 0:
             raise TutelageError("DEADLINE_EXCEEDED", "deadline: passed before the request reached the engine")

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable
 
 import numpy as np
+from tutelage_client import codec
 from tutelage_client.errors import TutelageError, invalid
 from tutelage_client.types import (
     PAD_ID,
@@ -29,14 +30,14 @@ _BYTES_PER_SEQUENCE = 128  # id, counts and field headers of one SequenceScore
 def check_request(request: ScoreRequest, identity: Identity, limits: Limits) -> None:
     """Raise TutelageError for what makes the request as a whole unanswerable."""
     _check_teacher(request.teacher, identity)
-    _check_pins(request.pins, identity)
+    check_pins(request.pins, identity)
     check_signal(request.signal, identity, limits)
     count = len(request.sequences)
     if not 1 <= count <= limits.max_sequences:
         raise invalid(f"sequences: got {count}, allowed are 1 to {limits.max_sequences}")
     if len({sequence.id for sequence in request.sequences}) != count:
         raise invalid("sequences.id: got the same id twice, ids must be unique in a request")
-    tokens = request_tokens(request)
+    tokens = codec.request_tokens(request)
     if tokens > limits.max_request_tokens:
         raise invalid(f"request tokens: got {tokens}, allowed are {limits.max_request_tokens}")
     reply = _reply_bytes(request)
@@ -45,16 +46,6 @@ def check_request(request: ScoreRequest, identity: Identity, limits: Limits) -> 
             f"request: its answer would have {reply} bytes, allowed are {limits.max_message_bytes}; "
             "send fewer sequences at once"
         )
-
-
-def check_pins_after(pins: Pins, identity: Identity) -> None:
-    """The same condition on the identity that answered: weights may have changed while waiting."""
-    _check_pins(pins, identity)
-
-
-def request_tokens(request: ScoreRequest) -> int:
-    """What a request costs: every response token, and every context token once."""
-    return sum(map(len, request.contexts)) + sum(len(s.response_ids) for s in request.sequences)
 
 
 def check_signal(signal: Signal, identity: Identity, limits: Limits) -> None:
@@ -96,7 +87,8 @@ def _check_teacher(name: str, identity: Identity) -> None:
         raise TutelageError("NOT_FOUND", f"teacher: got {name!r}, here is {identity.name!r}")
 
 
-def _check_pins(pins: Pins, identity: Identity) -> None:
+def check_pins(pins: Pins, identity: Identity) -> None:
+    """Raise FAILED_PRECONDITION when this is not the teacher that the caller insists on."""
     for field in ("tokenizer_fingerprint", "revision", "weights_version"):
         wanted, here = getattr(pins, field), getattr(identity, field)
         if wanted is not None and wanted != here:

@@ -116,6 +116,11 @@ def _sequence_to_proto(sequence: t.Sequence) -> pb.Sequence:
     return message
 
 
+def request_tokens(request: t.ScoreRequest) -> int:
+    """What a request costs: every response token, and every context token once."""
+    return sum(map(len, request.contexts)) + sum(len(s.response_ids) for s in request.sequences)
+
+
 def request_from_proto(
     message: pb.ScoreRequest, malformed: dict[int, t.SequenceError] | None = None
 ) -> t.ScoreRequest:
@@ -228,6 +233,13 @@ def score_from_proto(message: pb.ScoreResponse) -> t.Score:
         usage=t.Usage(**{name: getattr(message.usage, name) for name in t.Usage.__slots__}),
         request_id=message.request_id,
     )
+
+
+def stream_answer_from_proto(message: pb.ScoreResponse) -> t.StreamAnswer:
+    if message.HasField("error"):
+        error = t.SequenceError(message.error.code, message.error.message)
+        return t.StreamAnswer(message.request_id, None, error)
+    return t.StreamAnswer(message.request_id, score_from_proto(message))
 
 
 def _sequence_score_from_proto(message: pb.SequenceScore) -> t.SequenceScore:

@@ -14,6 +14,8 @@ from typing import Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from tutelage_client.errors import TutelageError
+
 Int32Array: TypeAlias = npt.NDArray[np.int32]
 FloatArray: TypeAlias = npt.NDArray[np.float32] | npt.NDArray[np.float16]
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
@@ -145,6 +147,22 @@ class Score:
     identity: Identity
     usage: Usage = field(default_factory=Usage)
     request_id: str = ""
+
+    def raise_for_errors(self) -> Score:
+        """This score, or TutelageError for the first sequence that was not scored."""
+        for sequence in self.sequences:
+            if sequence.error is not None:
+                raise TutelageError(sequence.error.code, sequence.error.message)
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class StreamAnswer:
+    """One answer of ScoreStream: a score, or the refusal of the whole request."""
+
+    request_id: str
+    score: Score | None
+    error: SequenceError | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,159 @@
+"""The asyncio client; one instance per event loop."""
+
+# ruff: noqa: ASYNC109 - the timeout travels to the teacher as the deadline of the call
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Sequence
+from types import TracebackType
+from typing import Any
+
+import grpc
+from google.protobuf.message import Message
+from tutelage.v1 import teacher_pb2 as pb
+from tutelage.v1.teacher_pb2_grpc import TeacherServiceStub
+
+from tutelage_client import codec
+from tutelage_client import types as t
+from tutelage_client.balance import UNREACHABLE, Balancer, Endpoint, as_addresses
+from tutelage_client.connect import (
+    DEFAULT_TIMEOUT_SECONDS,
+    MAX_MESSAGE_BYTES,
+    Tls,
+    as_tutelage_error,
+    call_metadata,
+    channel_options,
+)
+from tutelage_client.retry import Attempts, RetryPolicy
+
+
+class AsyncTeacherClient:
+    """TeacherClient for asyncio, with the same arguments; cancelling a call cancels it on the teacher.
+
+    Create and use it inside one running event loop.
+    """
+
+    def __init__(
+        self,
+        addresses: str | Sequence[str],
+        token: str | None = None,
+        tls: Tls | None = None,
+        *,
+        retry: RetryPolicy | None = None,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+    ) -> None:
+        self._metadata = call_metadata(token)
+        self._retry = retry or RetryPolicy()
+        options = channel_options(max_message_bytes)
+        self._channels: list[grpc.aio.Channel] = []
+        endpoints = []
+        for address in as_addresses(addresses):
+            if tls is None:
+                channel = grpc.aio.insecure_channel(address, options)
+            else:
+                channel = grpc.aio.secure_channel(address, tls.credentials(), options)
+            self._channels.append(channel)
+            endpoints.append(Endpoint(address, TeacherServiceStub(channel)))  # type: ignore[no-untyped-call]
+        self._balancer = Balancer(endpoints)
+
+    async def __aenter__(self) -> AsyncTeacherClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        for channel in self._channels:
+            await channel.close()
+
+    async def get_teacher(self, teacher: str = "", timeout: float | None = 30.0) -> t.Teacher:
+        """Who scores here, and within which limits."""
+        answer = await self._call("GetTeacher", pb.GetTeacherRequest(teacher=teacher), 0, timeout)
+        return codec.teacher_from_proto(answer)
+
+    async def score(
+        self,
+        contexts: Iterable[t.TokenIds],
+        responses: Iterable[t.TokenIds],
+        *,
+        context_index: Iterable[int] | None = None,
+        sampled: bool = True,
+        top_k: int = 0,
+        candidate_ids: Iterable[t.Int32Array] | None = None,
+        entropy: bool = False,
+        temperature: float = 1.0,
+        encoding: t.EncodingName = "float32",
+        teacher: str = "",
+        pins: t.Pins | None = None,
+        timeout: float | None = DEFAULT_TIMEOUT_SECONDS,
+    ) -> t.Score:
+        """As TeacherClient.score."""
+        request = codec.build_request(
+            contexts,
+            responses,
+            context_index=context_index,
+            candidate_ids=candidate_ids,
+            signal=t.Signal(sampled, top_k, candidate_ids is not None, entropy, temperature, encoding),
+            teacher=teacher,
+            pins=pins,
+        )
+        return await self.score_request(request, timeout)
+
+    async def score_request(
+        self, request: t.ScoreRequest, timeout: float | None = DEFAULT_TIMEOUT_SECONDS
+    ) -> t.Score:
+        """Score a request as it is."""
+        message = codec.request_to_proto(request)
+        return codec.score_from_proto(
+            await self._call("Score", message, codec.request_tokens(request), timeout)
+        )
+
+    async def score_stream(
+        self,
+        requests: AsyncIterable[t.ScoreRequest] | Iterable[t.ScoreRequest],
+        timeout: float | None = DEFAULT_TIMEOUT_SECONDS,
+    ) -> AsyncIterator[t.StreamAnswer]:
+        """As TeacherClient.score_stream."""
+        endpoint = self._balancer.take(0)
+        available = True
+        call = endpoint.connection.ScoreStream(_messages(requests), timeout=timeout, metadata=self._metadata)
+        try:
+            async for message in call:
+                yield codec.stream_answer_from_proto(message)
+        except grpc.RpcError as raised:
+            error = as_tutelage_error(raised)
+            available = error.code not in UNREACHABLE
+            raise error from raised
+        finally:
+            call.cancel()
+            self._balancer.give_back(endpoint, 0, available=available)
+
+    async def _call(self, method: str, message: Message, tokens: int, timeout: float | None) -> Any:
+        """One unary call, tried until it is answered, refused for good or out of time."""
+        attempts = Attempts(self._retry, timeout)
+        while True:
+            endpoint = self._balancer.take(tokens)
+            available = True
+            try:
+                call = getattr(endpoint.connection, method)
+                return await call(message, timeout=attempts.remaining(), metadata=self._metadata)
+            except grpc.RpcError as raised:
+                error = as_tutelage_error(raised)
+                available = error.code not in UNREACHABLE
+            finally:
+                self._balancer.give_back(endpoint, tokens, available=available)
+            await asyncio.sleep(attempts.pause_after(error))
+
+
+async def _messages(
+    requests: AsyncIterable[t.ScoreRequest] | Iterable[t.ScoreRequest],
+) -> AsyncIterator[pb.ScoreRequest]:
+    if isinstance(requests, AsyncIterable):
+        async for request in requests:
+            yield codec.request_to_proto(request)
+    else:
+        for request in requests:
+            yield codec.request_to_proto(request)

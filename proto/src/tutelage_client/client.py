@@ -1,0 +1,170 @@
+"""The synchronous client; safe to share between threads."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import Any
+
+import grpc
+from google.protobuf.message import Message
+from tutelage.v1 import teacher_pb2 as pb
+from tutelage.v1.teacher_pb2_grpc import TeacherServiceStub
+
+from tutelage_client import codec
+from tutelage_client import types as t
+from tutelage_client.balance import UNREACHABLE, Balancer, Endpoint, as_addresses
+from tutelage_client.connect import (
+    DEFAULT_TIMEOUT_SECONDS,
+    MAX_MESSAGE_BYTES,
+    Tls,
+    as_tutelage_error,
+    call_metadata,
+    channel_options,
+)
+from tutelage_client.retry import Attempts, RetryPolicy
+
+
+class TeacherClient:
+    """Asks one teacher, behind one or several addresses, for scores.
+
+    Args:
+        addresses: "host:port", or several of replicas that serve the same teacher.
+        token: bearer token, when the service asks for one.
+        tls: encrypts the connection; None for plain text.
+        retry: see RetryPolicy.
+        max_message_bytes: largest request and answer on this side.
+
+    Every method raises TutelageError, and only that, for a refusal or a failure.
+    """
+
+    def __init__(
+        self,
+        addresses: str | Sequence[str],
+        token: str | None = None,
+        tls: Tls | None = None,
+        *,
+        retry: RetryPolicy | None = None,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+    ) -> None:
+        self._metadata = call_metadata(token)
+        self._retry = retry or RetryPolicy()
+        options = channel_options(max_message_bytes)
+        self._channels: list[grpc.Channel] = []
+        endpoints = []
+        for address in as_addresses(addresses):
+            if tls is None:
+                channel = grpc.insecure_channel(address, options)
+            else:
+                channel = grpc.secure_channel(address, tls.credentials(), options)
+            self._channels.append(channel)
+            endpoints.append(Endpoint(address, TeacherServiceStub(channel)))  # type: ignore[no-untyped-call]
+        self._balancer = Balancer(endpoints)
+
+    def __enter__(self) -> TeacherClient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for channel in self._channels:
+            channel.close()
+
+    def get_teacher(self, teacher: str = "", timeout: float | None = 30.0) -> t.Teacher:
+        """Who scores here, and within which limits."""
+        answer = self._call("GetTeacher", pb.GetTeacherRequest(teacher=teacher), 0, timeout)
+        return codec.teacher_from_proto(answer)
+
+    def score(
+        self,
+        contexts: Iterable[t.TokenIds],
+        responses: Iterable[t.TokenIds],
+        *,
+        context_index: Iterable[int] | None = None,
+        sampled: bool = True,
+        top_k: int = 0,
+        candidate_ids: Iterable[t.Int32Array] | None = None,
+        entropy: bool = False,
+        temperature: float = 1.0,
+        encoding: t.EncodingName = "float32",
+        teacher: str = "",
+        pins: t.Pins | None = None,
+        timeout: float | None = DEFAULT_TIMEOUT_SECONDS,
+    ) -> t.Score:
+        """Score every token of every response under its context.
+
+        Args:
+            contexts: token ids; one for all responses, one per response, or see `context_index`.
+            responses: token ids, each of at least one token.
+            context_index: for each response, which context it belongs to.
+            sampled: log-probability of each response token.
+            top_k: the K most probable tokens at each position and their log-probabilities.
+            candidate_ids: for each response an array [R, C] of ids to score, PAD_ID for none.
+            entropy: of the teacher's distribution at each position, in nats.
+            temperature: of the teacher's distribution, for everything above.
+            encoding: "float16" halves the log-probabilities on the wire.
+            pins: what the teacher must be; otherwise FAILED_PRECONDITION.
+            timeout: seconds for everything, retries included.
+
+        A sequence that cannot be scored carries its error; `Score.raise_for_errors` raises it.
+        """
+        request = codec.build_request(
+            contexts,
+            responses,
+            context_index=context_index,
+            candidate_ids=candidate_ids,
+            signal=t.Signal(sampled, top_k, candidate_ids is not None, entropy, temperature, encoding),
+            teacher=teacher,
+            pins=pins,
+        )
+        return self.score_request(request, timeout)
+
+    def score_request(
+        self, request: t.ScoreRequest, timeout: float | None = DEFAULT_TIMEOUT_SECONDS
+    ) -> t.Score:
+        """Score a request as it is."""
+        message = codec.request_to_proto(request)
+        return codec.score_from_proto(self._call("Score", message, codec.request_tokens(request), timeout))
+
+    def score_stream(
+        self, requests: Iterable[t.ScoreRequest], timeout: float | None = DEFAULT_TIMEOUT_SECONDS
+    ) -> Iterator[t.StreamAnswer]:
+        """Answers as they finish, in any order, matched by `request_id`.
+
+        The whole stream goes to one address and is not retried: when it breaks, TutelageError is
+        raised and the requests that were not answered may be sent again.
+        """
+        endpoint = self._balancer.take(0)
+        available = True
+        messages = (codec.request_to_proto(request) for request in requests)
+        call = endpoint.connection.ScoreStream(messages, timeout=timeout, metadata=self._metadata)
+        try:
+            for message in call:
+                yield codec.stream_answer_from_proto(message)
+        except grpc.RpcError as raised:
+            error = as_tutelage_error(raised)
+            available = error.code not in UNREACHABLE
+            raise error from raised
+        finally:
+            call.cancel()
+            self._balancer.give_back(endpoint, 0, available=available)
+
+    def _call(self, method: str, message: Message, tokens: int, timeout: float | None) -> Any:
+        """One unary call, tried until it is answered, refused for good or out of time."""
+        attempts = Attempts(self._retry, timeout)
+        while True:
+            endpoint = self._balancer.take(tokens)
+            available = True
+            try:
+                call = getattr(endpoint.connection, method)
+                return call(message, timeout=attempts.remaining(), metadata=self._metadata)
+            except grpc.RpcError as raised:
+                error = as_tutelage_error(raised)
+                available = error.code not in UNREACHABLE
+            finally:
+                self._balancer.give_back(endpoint, tokens, available=available)
+            time.sleep(attempts.pause_after(error))

@@ -1,0 +1,68 @@
+"""How a client reaches a teacher: channel options, TLS, and gRPC errors as TutelageError."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from tutelage_client.errors import TutelageError
+
+SERVICE = "tutelage.v1.TeacherService"
+MAX_MESSAGE_BYTES = 256 * 1024 * 1024
+DEFAULT_TIMEOUT_SECONDS = 600.0
+
+Metadata = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """Certificates of an encrypted connection; all None trusts the system's authorities.
+
+    Each is PEM text as bytes. Certificate and key are for teachers that ask callers for one.
+    """
+
+    authority: bytes | None = None
+    certificate: bytes | None = None
+    key: bytes | None = None
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        return grpc.ssl_channel_credentials(self.authority, self.key, self.certificate)
+
+
+def channel_options(max_message_bytes: int) -> Sequence[tuple[str, Any]]:
+    return (
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.enable_retries", 0),  # RetryPolicy decides; two layers of retries multiply
+        ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.min_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 2_000),
+        ("grpc.keepalive_time_ms", 30_000),  # a peer that vanished is noticed in the middle of a call
+        ("grpc.keepalive_timeout_ms", 10_000),
+    )
+
+
+def call_metadata(token: str | None) -> Metadata:
+    return () if token is None else (("authorization", f"Bearer {token}"),)
+
+
+def as_tutelage_error(error: grpc.RpcError) -> TutelageError:
+    """What the teacher, or gRPC on the way to it, answered."""
+    assert isinstance(error, grpc.Call | grpc.aio.AioRpcError)
+    retry_after = None
+    for name, value in error.trailing_metadata() or ():
+        if name == "retry-after" and isinstance(value, str):
+            retry_after = _seconds(value)
+    return TutelageError(error.code().name, error.details() or "no details", retry_after)
+
+
+def _seconds(value: str) -> float | None:
+    """Seconds of a retry-after, None where a proxy put something else there."""
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        return None
