@@ -1,0 +1,208 @@
+"""Packing: the groups of one step into micro-batches of tensors for the objective.
+
+Shapes: T response positions of a micro-batch, K support ids, B rollouts, P prompt tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from tutelage_client.types import PAD_ID, SequenceScore
+
+from services.models.packed import PackedLayout, build_layout
+from student_trainer.objective.batch import TokenBatch, ViewTensors
+from student_trainer.objective.compile import Plan
+from student_trainer.objective.mix import group_advantages
+from student_trainer.objective.weights import position_weights, token_mask
+from student_trainer.verify import TrainingGroup, TrainingRollout
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A rollout of a micro-batch: which group of the step, which of its rollouts, how rewarded."""
+
+    group: TrainingGroup
+    rollout: TrainingRollout
+    advantage: float  # NaN where the task gave no reward
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """One forward and backward pass."""
+
+    layout: PackedLayout
+    tokens: TokenBatch
+    members: tuple[Member, ...]  # in the order of the packed positions
+
+
+def pack_step(groups: Sequence[TrainingGroup], plan: Plan, max_tokens: int) -> list[MicroBatch]:
+    """Micro-batches of one optimizer step; the sum of their losses is the step's mean loss.
+
+    A prompt is packed once for all its rollouts. A group larger than `max_tokens` is cut between
+    rollouts; a single rollout larger than that gets a micro-batch of its own.
+
+    Returns:
+        An empty list when no position of the step can be trained on.
+    """
+    parts = list(_cut(groups, plan, max_tokens))
+    masks = [_mask(part, plan) for part in parts]
+    lengths = [torch.tensor([member.rollout.length for member in part]) for part in parts]
+    total_tokens = sum(int(mask.sum()) for mask in masks)
+    total_sequences = sum(
+        _selected_sequences(mask, sizes) for mask, sizes in zip(masks, lengths, strict=True)
+    )
+    if not total_tokens:
+        return []
+    return [
+        MicroBatch(
+            layout=_layout(part),
+            tokens=_tokens(
+                part, plan, mask, sizes,
+                position_weights(
+                    mask, sizes, plan.normalisation,
+                    total_tokens=total_tokens, total_sequences=total_sequences,
+                ),
+            ),
+            members=tuple(part),
+        )
+        for part, mask, sizes in zip(parts, masks, lengths, strict=True)
+    ]  # fmt: skip
+
+
+def _cut(groups: Sequence[TrainingGroup], plan: Plan, max_tokens: int) -> Iterator[list[Member]]:
+    """Consecutive rollouts up to the token budget, a prompt counted once per micro-batch."""
+    part: list[Member] = []
+    used = 0
+    for group in groups:
+        for member in _members(group, plan):
+            prompt = 0 if part and part[-1].group is group else len(group.prompt_ids)
+            if part and used + prompt + member.rollout.length > max_tokens:
+                yield part
+                part, used, prompt = [], 0, len(group.prompt_ids)
+            part.append(member)
+            used += prompt + member.rollout.length
+    if part:
+        yield part
+
+
+def _members(group: TrainingGroup, plan: Plan) -> list[Member]:
+    advantages = _advantages(group, plan)
+    return [
+        Member(group, rollout, advantages[place])
+        for rollout, place in zip(group.rollouts, group.places, strict=True)
+    ]
+
+
+def _advantages(group: TrainingGroup, plan: Plan) -> list[float]:
+    """Advantage of every rollout of the prompt relative to the rewarded ones; NaN without a reward."""
+    known = [place for place, reward in enumerate(group.rewards) if reward is not None]
+    advantages = [float("nan")] * len(group.rewards)
+    if plan.needs_reward and known:
+        rewards = torch.tensor([group.rewards[place] for place in known], dtype=torch.float32)
+        relative = group_advantages(rewards, torch.tensor([len(known)]), divide_by_std=plan.advantage_std)
+        for place, advantage in zip(known, relative.tolist(), strict=True):
+            advantages[place] = advantage
+    return advantages
+
+
+def _mask(part: Sequence[Member], plan: Plan) -> Tensor:
+    """bool [T]: selected by the settings, and scored by every view."""
+    valid = [
+        np.logical_and.reduce(
+            [np.ones(member.rollout.length, dtype=np.bool_)]
+            + [_valid(score) for score in member.rollout.scores.values()]
+        )
+        for member in part
+    ]
+    lengths = torch.tensor([member.rollout.length for member in part])
+    return torch.from_numpy(np.concatenate(valid)) & token_mask(plan.tokens, lengths)
+
+
+def _selected_sequences(mask: Tensor, lengths: Tensor) -> int:
+    """Sequences of which at least one position is selected."""
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    return len(torch.unique(owner[mask]))
+
+
+def _valid(score: SequenceScore) -> npt.NDArray[np.bool_]:
+    assert score.valid is not None  # verified
+    return score.valid
+
+
+def _layout(part: Sequence[Member]) -> PackedLayout:
+    contexts: list[npt.NDArray[np.int32]] = []
+    sequences: list[tuple[int, npt.NDArray[np.int32]]] = []
+    last: TrainingGroup | None = None
+    for member in part:
+        if member.group is not last:
+            contexts.append(member.group.prompt_ids)
+            last = member.group
+        sequences.append((len(contexts) - 1, member.rollout.response_ids))
+    return build_layout(contexts, sequences)
+
+
+def _tokens(part: Sequence[Member], plan: Plan, mask: Tensor, lengths: Tensor, weight: Tensor) -> TokenBatch:
+    advantages = torch.tensor([member.advantage for member in part], dtype=torch.float32)
+    return TokenBatch(
+        sampled_ids=_joined([member.rollout.response_ids.astype(np.int64) for member in part]),
+        behaviour_logprobs=_joined([member.rollout.behaviour_logprobs for member in part]),
+        mask=mask,
+        weight=weight,
+        views={view: _view(view, part, plan) for view in plan.view_requests},
+        reward_advantage=advantages.repeat_interleave(lengths) if plan.needs_reward else None,
+        sequence_lengths=lengths,
+    )
+
+
+def _view(view: str, part: Sequence[Member], plan: Plan) -> ViewTensors:
+    _, signal = plan.view_requests[view]
+    scores = [(member.rollout, member.rollout.scores[view]) for member in part]
+    supports = [_support(rollout, score, plan) for rollout, score in scores] if plan.k else []
+    width = max((ids.shape[1] for ids, _ in supports), default=0)
+    return ViewTensors(
+        sampled=_joined([_masked(s, s.sampled) for _, s in scores]) if signal.sampled else None,
+        entropy=_joined([_masked(s, s.entropy) for _, s in scores]) if signal.entropy else None,
+        support_ids=_joined([_padded(ids, width, PAD_ID) for ids, _ in supports]) if supports else None,
+        support_logprobs=_joined([_padded(q, width, np.nan) for _, q in supports]) if supports else None,
+    )
+
+
+def _support(
+    rollout: TrainingRollout, score: SequenceScore, plan: Plan
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """Ids [R, K] without repetition in a row, and the teacher's log-probabilities of them."""
+    ids: list[npt.NDArray[np.int64]] = []
+    logprobs: list[npt.NDArray[np.float32]] = []
+    if plan.support in ("teacher_topk", "union"):
+        assert score.top_ids is not None  # verified
+        ids.append(np.where(_valid(score)[:, None], score.top_ids, PAD_ID).astype(np.int64))
+        logprobs.append(_masked(score, score.top_logprobs))
+    if plan.support in ("student_topk", "union"):
+        assert rollout.candidate_ids is not None  # verified
+        candidates = rollout.candidate_ids.astype(np.int64)
+        if ids:
+            repeated = (candidates[:, :, None] == ids[0][:, None, :]).any(axis=2)
+            candidates = np.where(repeated, PAD_ID, candidates)
+        ids.append(candidates)
+        logprobs.append(_masked(score, score.candidate_logprobs))
+    return np.concatenate(ids, axis=1), np.concatenate(logprobs, axis=1)
+
+
+def _masked(score: SequenceScore, values: npt.NDArray[np.floating] | None) -> npt.NDArray[np.float32]:
+    """float32 with NaN where the engine had no score, whatever it wrote there."""
+    assert values is not None  # verified
+    valid = _valid(score).reshape(-1, *([1] * (values.ndim - 1)))
+    return np.where(valid, values, np.nan).astype(np.float32)
+
+
+def _padded(array: npt.NDArray[np.generic], width: int, fill: float) -> npt.NDArray[np.generic]:
+    return np.pad(array, ((0, 0), (0, width - array.shape[1])), constant_values=fill)
+
+
+def _joined(arrays: Sequence[npt.NDArray[np.generic]]) -> Tensor:
+    return torch.from_numpy(np.concatenate(arrays))

@@ -1,0 +1,129 @@
+"""The model that is trained: loaded in full or with adapters, and written out as a plain model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from services.models.fingerprint import tokenizer_fingerprint
+from services.models.load import DTYPES, load_causal_lm
+from student_trainer.config import LoraSettings, StudentSettings
+
+_ADAPTER = "default"
+
+
+@dataclass(frozen=True)
+class Student:
+    """A causal LM (wrapped by PEFT with adapters), its tokenizer, and what identifies them."""
+
+    model: Any
+    tokenizer: Any
+    vocab_size: int
+    fingerprint: str
+    dtype: torch.dtype  # of the forward pass and of exports
+    lora: bool
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.model.parameters())).device  # type: ignore[no-any-return]
+
+    def trained(self) -> list[tuple[str, nn.Parameter]]:
+        """Trained parameters by name, each once (tied weights have one name)."""
+        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+
+    def export(self, directory: Path) -> None:
+        """Write a Hugging Face directory that `from_pretrained` loads; adapters are merged in."""
+        inner = self.model.get_base_model() if self.lora else self.model
+        state = _merged(self.model) if self.lora else inner.state_dict()
+        inner.save_pretrained(directory, state_dict=_cast(state, self.dtype))
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(directory)
+
+    def export_adapter(self, directory: Path) -> None:
+        """Write the adapters alone, as PEFT loads them."""
+        self.model.save_pretrained(directory)
+
+
+def load_student(settings: StudentSettings) -> Student:
+    """Load the student before training.
+
+    Every weight is kept in float32 when all are trained; frozen weights under adapters are kept in
+    `settings.dtype`. Dropout of the model stays off: the log-probabilities that are trained must be
+    those the policy samples with. Only the adapters' own dropout is active.
+    """
+    base_dtype = settings.dtype if settings.lora else "float32"
+    loaded = load_causal_lm(
+        settings.model, dtype=base_dtype, device=settings.device, revision=settings.revision
+    )
+    model = loaded.model if settings.lora is None else _with_adapters(loaded.model, settings.lora)
+    return Student(
+        model=model,
+        tokenizer=loaded.tokenizer,
+        vocab_size=loaded.vocab_size,
+        fingerprint=tokenizer_fingerprint(loaded.tokenizer),
+        dtype=DTYPES[settings.dtype],
+        lora=settings.lora is not None,
+    )
+
+
+def _with_adapters(model: Any, settings: LoraSettings) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    wrapped = get_peft_model(
+        model,
+        LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.alpha,
+            lora_dropout=settings.dropout,
+            target_modules=settings.target_modules,
+            task_type="CAUSAL_LM",
+        ),
+        adapter_name=_ADAPTER,
+    )
+    wrapped.eval()
+    for name, module in wrapped.named_modules():
+        if "lora_dropout" in name:
+            module.train()
+    return wrapped
+
+
+def _merged(model: Any) -> dict[str, Tensor]:
+    """State of the model underneath with each adapter's product added; nothing is changed in place.
+
+    Merging in place and undoing it would leave rounding in the frozen weights, and a resumed run
+    would then differ from an uninterrupted one.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    base = model.get_base_model()
+    deltas = {
+        f"{name}.weight": module.get_delta_weight(_ADAPTER)
+        for name, module in base.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+    merged: dict[str, Tensor] = {}
+    for key, tensor in base.state_dict().items():
+        if ".lora_" in key:
+            continue
+        name = key.replace(".base_layer.", ".")
+        delta = deltas.pop(name, None)
+        merged[name] = tensor if delta is None else (tensor.float() + delta.float()).to(tensor.dtype)
+    if deltas:
+        raise ValueError(f"adapters on {sorted(deltas)} have no weight to be merged into")
+    return merged
+
+
+def _cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Floating tensors in `dtype`; tensors that share storage still do, so that ties stay ties."""
+    cast: dict[tuple[int, torch.Size], Tensor] = {}
+    result: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        key = (tensor.data_ptr(), tensor.shape)
+        if key not in cast:
+            cast[key] = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
+        result[name] = cast[key]
+    return result
