@@ -94,7 +94,7 @@ class Gradients:
     def scaled(self, factor: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         for gradient in (self.hidden, self.weight, self.bias):
             if gradient is not None:
-                gradient.mul_(factor.to(gradient.dtype))
+                gradient.mul_(factor)
         return self.hidden, self.weight, self.bias
 
 

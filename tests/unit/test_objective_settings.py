@@ -1,0 +1,218 @@
+"""Settings are strict, presets are data with a source, and signals follow from the objective."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from tutelage_client.types import Limits, Signal
+
+from student_trainer.objective import presets
+from student_trainer.objective.compile import check_limits, compile_plan
+from student_trainer.objective.settings import ObjectiveError, ObjectiveSettings
+
+
+def plan_of(teachers: tuple[str, ...] = ("big",), temperature: float = 1.0, **settings: Any) -> Any:
+    chosen = ObjectiveSettings.model_validate(settings)
+    return compile_plan(chosen, student_temperature=temperature, teachers=teachers)
+
+
+def test_unknown_keys_are_refused_at_every_level() -> None:
+    for settings in (
+        {"divergense": "jsd"},
+        {"views": {"teacher": {"weight": "teacher"}}},
+        {"correction": {"kind": "ppo", "cap": 2.0}},
+        {"tokens": {"skip": 3}},
+    ):
+        with pytest.raises(ValidationError, match=r"extra|Extra"):
+            ObjectiveSettings.model_validate(settings)
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_every_preset_compiles_and_says_where_it_comes_from(name: str) -> None:
+    preset = presets.load(name)
+    assert preset.name == name
+    assert len(preset.source) > 20
+    assert plan_of(preset=name).preset == name
+
+
+def test_presets_are_the_published_rows() -> None:
+    assert set(presets.names()) >= {"thinking-machines", "gkd", "many-faces", "grpo"}
+    thinking = plan_of(preset="thinking-machines")
+    assert (thinking.divergence, thinking.support, thinking.estimator, thinking.horizon) == (
+        "kl_student_teacher",
+        "sampled",
+        "score_function",
+        0,
+    )
+    assert (thinking.correction.kind, thinking.correction.cap) == ("importance", None)
+    gkd = plan_of(preset="gkd")
+    assert (gkd.divergence, gkd.beta, gkd.support, gkd.tail, gkd.estimator) == (
+        "jsd",
+        0.5,
+        "teacher_topk",
+        "bucket",
+        "pathwise",
+    )
+    faces = plan_of(preset="many-faces")
+    assert (faces.divergence, faces.support, faces.tail) == (
+        "kl_student_teacher",
+        "student_topk",
+        "stop_gradient",
+    )
+
+
+def test_set_keys_override_the_preset_and_orphaned_preset_keys_are_dropped() -> None:
+    assert plan_of(preset="gkd", beta=0.25, k=8).beta == 0.25
+    full = plan_of(preset="gkd", support="full")
+    assert (full.support, full.k, full.in_process, full.view_requests) == ("full", 0, True, {})
+    assert plan_of(preset="gkd", divergence="kl_student_teacher").divergence == "kl_student_teacher"
+
+
+def test_unknown_preset_names_the_nearest() -> None:
+    with pytest.raises(ObjectiveError, match="did you mean 'many-faces'"):
+        plan_of(preset="many-face")
+
+
+@pytest.mark.parametrize(
+    ("settings", "signal", "student_candidates"),
+    [
+        ({"preset": "thinking-machines"}, Signal(), 0),
+        ({"preset": "gkd", "k": 16, "monitor": False}, Signal(sampled=False, top_k=16), 0),
+        ({"preset": "gkd", "k": 16}, Signal(top_k=16), 0),
+        ({"preset": "many-faces", "k": 9, "monitor": False}, Signal(sampled=False, candidates=True), 9),
+        (
+            {"preset": "gkd", "k": 7, "support": "union", "monitor": False},
+            Signal(sampled=False, top_k=7, candidates=True),
+            7,
+        ),
+        ({"tokens": {"teacher_entropy_above": 0.5}}, Signal(entropy=True), 0),
+    ],
+)
+def test_signals_are_compiled_from_the_objective(
+    settings: dict[str, Any], signal: Signal, student_candidates: int
+) -> None:
+    plan = plan_of(**settings)
+    assert plan.view_requests == {"teacher": ("big", signal)}
+    assert plan.student_candidates == student_candidates
+
+
+def test_reward_only_control_needs_no_teacher() -> None:
+    plan = plan_of(preset="grpo", teachers=())
+    assert not plan.needs_teacher
+    assert plan.needs_reward
+    assert plan.view_requests == {}
+    assert plan.views == {}
+
+
+def test_teacher_is_asked_at_the_sampling_temperature() -> None:
+    assert plan_of(preset="gkd", temperature=0.7).view_requests["teacher"][1].temperature == 0.7
+    assert plan_of(preset="gkd", temperature=0.7, **{}).temperature == 0.7
+    with pytest.raises(ObjectiveError, match=r"objective\.temperature: got 1\.0"):
+        compile_plan(ObjectiveSettings(preset="thinking-machines", temperature=1.0), student_temperature=0.7)
+    separate = compile_plan(ObjectiveSettings(preset="gkd", temperature=1.1), student_temperature=0.7)
+    assert separate.temperature == 1.1
+    with pytest.raises(ObjectiveError, match="must be positive"):
+        plan_of(temperature=0.0)
+
+
+def test_jsd_ends_are_the_two_divergences() -> None:
+    assert plan_of(preset="gkd", beta=0.0).divergence == "kl_teacher_student"
+    assert plan_of(preset="gkd", beta=1.0).divergence == "kl_student_teacher"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"estimator": "score_function", "support": "teacher_topk"}, "objective.support"),
+        ({"estimator": "pathwise", "support": "sampled"}, "zero mean"),
+        ({"tail": "raw"}, "objective.tail: set to 'raw'"),
+        ({"k": 4}, "objective.k"),
+        ({"beta": 0.3}, "objective.beta"),
+        ({"preset": "gkd", "horizon": 2}, "objective.horizon"),
+        ({"preset": "gkd", "correction": {"kind": "ppo"}}, "objective.correction"),
+        ({"preset": "gkd", "mix": "multiply"}, "objective.mix"),
+        ({"distill_coefficient": 0.0}, "nothing would be trained"),
+        ({"mix": "add", "distill_coefficient": 0.0, "reward_coefficient": 0.0}, "nothing would be trained"),
+        ({"mix": "multiply", "distill_coefficient": 1.5}, r"\[0, 1\]"),
+        ({"mix": "multiply", "horizon": 1}, "objective.horizon"),
+        ({"reward_coefficient": 2.0}, "objective.reward_coefficient"),
+        ({"views": {"a": {"weights": "ema"}}}, "objective.views.a.weights"),
+        ({"views": {"a": {"weights": "teacher:bigg"}}}, "did you mean 'big'"),
+        ({"preset": "gkd", "support": "full", "tokens": {"teacher_entropy_above": 1}}, "over the wire"),
+    ],
+)
+def test_combinations_without_meaning_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ObjectiveError, match=message):
+        plan_of(**settings)
+
+
+def test_ambiguous_teacher_is_refused() -> None:
+    with pytest.raises(ObjectiveError, match='"teacher:big", "teacher:other"'):
+        plan_of(teachers=("big", "other"))
+
+
+TWO_VIEWS = {
+    "expert": {"weights": "teacher:big", "coefficient": 1.25},
+    "base": {"weights": "teacher:reference", "coefficient": -0.25},
+}
+
+
+def test_log_linear_target_is_allowed_where_its_constant_cancels() -> None:
+    plan = plan_of(views=TWO_VIEWS, teachers=("big", "reference"))
+    assert dict(plan.views) == {"expert": 1.25, "base": -0.25}
+    assert {name for name, _ in plan.view_requests.values()} == {"big", "reference"}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"horizon": 1},
+        {"divergence": "kl_teacher_student"},
+        {"divergence": "jsd"},
+        {"estimator": "pathwise", "support": "teacher_topk"},
+        {"mix": "multiply"},
+    ],
+)
+def test_log_linear_target_is_refused_elsewhere(settings: dict[str, Any]) -> None:
+    with pytest.raises(ObjectiveError, match="exactly one view with coefficient 1"):
+        plan_of(views=TWO_VIEWS, teachers=("big", "reference"), **settings)
+
+
+def test_limits_of_a_teacher_are_checked_before_the_first_score() -> None:
+    small = Limits(max_top_k=8, max_candidates=4, entropy=False, temperature=False)
+    plan = plan_of(
+        preset="gkd",
+        support="union",
+        k=16,
+        temperature=0.5,
+        tokens={"teacher_entropy_below": 1.0},
+    )
+    problems = check_limits(plan, "big", small)
+    assert len(problems) == 4
+    assert "k = 16 asks for top_k above the teacher's limit 8" in problems[0]
+    assert "candidates above the teacher's limit 4" in problems[1]
+    assert "entropy" in problems[2]
+    assert "temperature 0.5" in problems[3]
+    assert check_limits(plan, "big", Limits()) == []
+    assert check_limits(plan, "another", small) == []
+
+
+def test_biased_tail_warns() -> None:
+    raw = {
+        "divergence": "kl_student_teacher",
+        "estimator": "pathwise",
+        "support": "teacher_topk",
+        "tail": "raw",
+    }
+    assert "truncates the sum" in plan_of(**raw).warnings[0]
+    assert plan_of(**{**raw, "tail": "bucket"}).warnings == ()
+    assert plan_of(**{**raw, "divergence": "jsd"}).warnings == ()
+
+
+def test_compiling_an_objective_imports_no_torch() -> None:
+    code = "import sys, student_trainer.objective.compile; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
