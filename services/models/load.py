@@ -18,7 +18,12 @@ from services.models.head import Head, head_of
 from services.models.packed import is_packed
 from services.models.selfcheck import check_head, not_packable
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype | Literal["auto"]] = {
+    "auto": "auto",
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
@@ -83,7 +88,7 @@ def load_causal_lm(
     """Load from a local directory or the hub; safetensors only, no code from the repository.
 
     Args:
-        dtype: float32, bfloat16 or float16.
+        dtype: float32, bfloat16, float16, or "auto": as the model was saved.
         device: a torch device, or "auto" (CUDA when there is one).
         revision: a hub branch, tag or commit; not for local directories.
         attention: "plain" skips packing, for models that only generate.
@@ -138,7 +143,7 @@ def _install_packing(model: Any) -> None:
         log.warning("sequential_forwards", architecture=type(model).__name__, reason=reason)
 
 
-def _dtype(name: str) -> torch.dtype:
+def _dtype(name: str) -> torch.dtype | Literal["auto"]:
     if name not in DTYPES:
         raise invalid(f"dtype: got {name!r}, allowed are {', '.join(DTYPES)}")
     return DTYPES[name]
@@ -156,7 +161,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _load_model(path_or_id: str | Path, dtype: torch.dtype, revision: str | None) -> Any:
+def _load_model(path_or_id: str | Path, dtype: torch.dtype | Literal["auto"], revision: str | None) -> Any:
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             str(path_or_id),

@@ -31,9 +31,12 @@ def hidden_states(model: Any, layout: PackedLayout) -> Tensor:
     Differentiable. `model` is a causal LM of transformers, or one wrapped by PEFT.
     """
     inner = unwrap(model)
-    if is_packed(inner) and layout.max_position < packed_positions(inner.config):
-        return _packed(inner, layout)
-    return _sequential(inner, layout)
+    return _packed(inner, layout) if computes_packed(inner, layout) else _sequential(inner, layout)
+
+
+def computes_packed(model: Any, layout: PackedLayout) -> bool:
+    """Whether `hidden_states` takes this layout in one forward; otherwise contexts are not shared."""
+    return is_packed(model) and layout.max_position < packed_positions(model.config)
 
 
 def unwrap(model: Any) -> Any:
