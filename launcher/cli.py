@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -45,6 +45,7 @@ EVERYTHING, PIECES, LOOK = "Everything at once", "One process at a time", "Look 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turn what a person can fix into one line and exit status 2."""
+    from pydantic import ValidationError
     from tutelage_client.errors import TutelageError
 
     from student_trainer.config_errors import RunFileError
@@ -55,6 +56,18 @@ def one_line_errors() -> Iterator[None]:
         _refuse(str(error))
     except TutelageError as error:
         _refuse(error.message)
+    except ValidationError as error:
+        _refuse("; ".join(_sentence(problem) for problem in error.errors(include_url=False)))
+
+
+def _sentence(problem: Any) -> str:
+    place = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    return (
+        f"{place}: got {problem['input']!r}; {message}"
+        if place and problem["type"] != "value_error"
+        else message
+    )
 
 
 def _refuse(message: str) -> None:
@@ -107,8 +120,112 @@ def up(run_file: RunFile) -> None:
 
 
 @app.command(rich_help_panel=PIECES)
+def teacher(
+    *,
+    model: Annotated[
+        str | None, typer.Option(metavar="PATH_OR_ID", help="Local directory or hub id.", show_default=False)
+    ] = None,
+    name: Annotated[str, typer.Option(help="The name callers ask for.")] = "teacher",
+    engine: Annotated[
+        str, typer.Option(help="transformers, or fake (no model, for tests).")
+    ] = "transformers",
+    revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    max_batch_tokens: Annotated[int, typer.Option(help="Tokens of one forward pass.")] = 16_384,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Each request in its own pass, one thread.")
+    ] = False,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of the engine.")] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; beyond loopback a token is required.")
+    ] = "127.0.0.1",
+    grpc_port: Annotated[int, typer.Option(help="0: any free port.")] = 50051,
+    http_port: Annotated[int, typer.Option(help="0: any free port.")] = 8081,
+    metrics_port: Annotated[int | None, typer.Option(help="Own port for /metrics.")] = None,
+    token: Annotated[
+        list[str] | None,
+        typer.Option(envvar="TUTELAGE_TOKEN", help="Accepted bearer token; may be repeated."),
+    ] = None,
+    token_file: Annotated[Path | None, typer.Option(help="More tokens, one per line.")] = None,
+    tls_certificate: Annotated[Path | None, typer.Option(help="PEM chain; turns TLS on.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM private key.")] = None,
+    tls_client_authority: Annotated[
+        Path | None, typer.Option(help="PEM; callers must then present a certificate of it.")
+    ] = None,
+    queue: Annotated[
+        str | None, typer.Option(metavar="URL", help="Also take jobs from this Redis or Valkey.")
+    ] = None,
+    namespace: Annotated[str, typer.Option(help="Prefix of the queue's keys.")] = "tutelage",
+    heartbeat_seconds: Annotated[float, typer.Option(help="How often leases are renewed.")] = 10.0,
+    consumer: Annotated[str | None, typer.Option(help="This replica's name in the queue.")] = None,
+    ready_file: Annotated[Path | None, typer.Option(help="Written with the addresses once ready.")] = None,
+    fake: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="A setting of the fake engine; may be repeated."),
+    ] = None,
+) -> None:
+    """Serve a teacher: one replica, over gRPC and HTTP, and from the queue when given one.
+
+    Answers requests for log-probabilities of response tokens. SIGTERM drains: what
+    was accepted is finished first.
+
+    [bold]Examples[/bold]
+
+      tutelage teacher --model Qwen/Qwen3-8B --dtype bfloat16
+
+      tutelage teacher --model ./teacher --queue redis://10.0.0.5:6379
+
+      tutelage teacher --engine fake --fake vocab_size=32
+    """
+    with one_line_errors():
+        from services.teacher.settings import TeacherSettings
+
+        tls = {"certificate": tls_certificate, "key": tls_key, "client_authority": tls_client_authority}
+        settings = {
+            "name": name,
+            "engine": engine,
+            "model": model,
+            "revision": revision,
+            "dtype": dtype,
+            "device": device,
+            "max_batch_tokens": max_batch_tokens,
+            "deterministic": deterministic,
+            "threads": threads,
+            "fake": dict(_pair(text) for text in fake or []),
+            "service": {
+                "host": host,
+                "grpc_port": grpc_port,
+                "http_port": http_port,
+                "metrics_port": metrics_port,
+                "tokens": tuple(token or ()),
+                "token_file": token_file,
+                "tls": tls if any(tls.values()) else None,
+            },
+            "queue_url": queue,
+            "namespace": namespace,
+            "heartbeat_seconds": heartbeat_seconds,
+            "ready_file": ready_file,
+        }
+        if consumer is not None:
+            settings["consumer"] = consumer
+        checked = TeacherSettings.model_validate(settings)
+        from services.teacher.process import main as replica
+
+        raise typer.Exit(replica(checked))
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise typer.BadParameter(f"got {text!r}, must be KEY=VALUE", param_hint="--fake")
+    return key, value
+
+
+@app.command(rich_help_panel=PIECES)
 def rollout(
     run_file: RunFile,
+    *,
     name: Annotated[
         str, typer.Option(help="Name of this process, unique among the run's samplers.")
     ] = "sampler-0",
@@ -202,6 +319,9 @@ def score(
     model: Annotated[
         str | None, typer.Option(metavar="PATH_OR_ID", help="Load this model here instead.")
     ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="PATH_OR_ID", help="For text; the model's own by default.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="A .parquet or .jsonl file. [default: FILE.scores.jsonl]")
     ] = None,
@@ -214,8 +334,8 @@ def score(
     """Score the responses of a file against a teacher.
 
     Each line is an object with context_ids and response_ids, or with prompt and
-    response as text (then the model's own tokenizer is used, so --model is
-    needed), and optionally an id.
+    response as text (then --tokenizer or --model says how to read it), and
+    optionally an id.
 
     [bold]Examples[/bold]
 
@@ -224,19 +344,45 @@ def score(
       tutelage score answers.jsonl --model Qwen/Qwen3-8B
     """
     with one_line_errors():
+        from tutelage_client.types import Signal
+
         from launcher.score import ScoreOptions, score_file
 
         options = ScoreOptions(
             teacher=teacher,
             model=model,
+            tokenizer=tokenizer,
             output=output or file.with_suffix(".scores.jsonl"),
-            top_k=top_k,
-            entropy=entropy,
-            temperature=temperature,
+            signal=Signal(top_k=top_k, entropy=entropy, temperature=temperature),
             batch_tokens=batch_tokens,
             token=token,
         )
         raise typer.Exit(score_file(file, options))
+
+
+@app.command(rich_help_panel=LOOK)
+def bench(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Which figures; all when none is named.")
+    ] = None,
+) -> None:
+    """Measure this machine: our loss and wire side by side with their peers.
+
+    Prints a table and writes benchmarks/results/latest.jsonl. Needs a clone of the
+    repository as the working directory.
+
+    [bold]Example[/bold]
+
+      tutelage bench
+    """
+    with one_line_errors():
+        if not Path("benchmarks/__main__.py").is_file():
+            raise FileNotFoundError("there is no benchmarks/ here; run this in a clone of the repository")
+        import subprocess
+
+        raise typer.Exit(
+            subprocess.run([sys.executable, "-m", "benchmarks", *(names or [])], check=False).returncode
+        )
 
 
 def main() -> None:

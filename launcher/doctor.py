@@ -131,8 +131,8 @@ def _ask(
     from tutelage_client import TeacherClient
 
     try:
-        with TeacherClient(address, token=token, timeout=PATIENCE_SECONDS) as client:
-            served = client.get_teacher(name)
+        with TeacherClient(address, token=token) as client:
+            served = client.get_teacher(name, timeout=PATIENCE_SECONDS)
     except TutelageError as error:
         yield Finding("fail", f"teacher {name}", f"{address}: {error.message}")
         return

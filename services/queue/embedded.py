@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -33,15 +34,33 @@ maxmemory-policy noeviction
 """
 
 
+# Bound to the parent before it becomes the server; the bond outlives exec. PR_SET_PDEATHSIG is 1.
+BOUND_TO_PARENT = """\
+import ctypes, os, signal, sys
+parent, *command = sys.argv[1:]
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+if os.getppid() != int(parent):
+    sys.exit("the parent has gone")
+os.execv(command[0], command)
+"""
+
+
 class EmbeddedServer:
     """A Valkey server that keeps its data in `directory` and starts again from it, also after kill -9.
 
     One server per directory: a second one is refused while the first lives. The address stays the same
     across restarts, so clients find the new server where the old one was.
+
+    Args:
+        directory: of the data, the socket and the log.
+        dies_with_parent: the server is killed when the thread that started it ends (Linux), so that
+            a killed owner leaves nothing behind.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, dies_with_parent: bool = False) -> None:
         self._directory = directory.resolve()
+        self._dies_with_parent = dies_with_parent
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -83,7 +102,7 @@ class EmbeddedServer:
         configuration.write_text(CONFIGURATION.format(socket=self._socket, directory=self._directory))
         with self._lock() as lock, (self._directory / "valkey.log").open("ab") as log:
             self._process = subprocess.Popen(
-                [_binary(), str(configuration)],
+                self._command(configuration),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -113,6 +132,12 @@ class EmbeddedServer:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+    def _command(self, configuration: Path) -> list[str]:
+        command = [_binary(), str(configuration)]
+        if self._dies_with_parent:
+            return [sys.executable, "-I", "-S", "-c", BOUND_TO_PARENT, str(os.getpid()), *command]
+        return command
 
     def _lock(self) -> IO[bytes]:
         lock = (self._directory / "lock").open("ab")

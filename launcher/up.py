@@ -1,0 +1,159 @@
+"""`tutelage up RUN.toml`: the whole loop on one machine, every part a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tutelage_client.errors import TutelageError
+
+from launcher.children import ChildSpec, RestartPolicy
+from launcher.progress import make_view
+from launcher.snapshots import Lookout
+from launcher.supervisor import Ending, Supervisor, install_signals
+
+if TYPE_CHECKING:
+    from launcher.progress import View
+    from services.queue.embedded import EmbeddedServer
+    from student_trainer.config import RunConfig, TeacherEntry
+
+STATE = "up.json"
+EXIT_CODES: dict[Ending, int] = {"finished": 0, "failed": 1, "stopped": 130}
+
+
+def run_up(run_file: Path, policy: RestartPolicy | None = None) -> int:
+    """Run until the trainer is done; 0 finished, 1 failed, 130 stopped by a signal.
+
+    Raises:
+        RunFileError: the run file cannot be used.
+        TutelageError: another `up` works on the run, or the embedded queue does not start.
+    """
+    from student_trainer.config import load_run_config
+
+    config = load_run_config(run_file)
+    config.run.directory.mkdir(parents=True, exist_ok=True)
+    with _only_one(config.run.directory), make_view() as view:
+        if _finished(config):
+            view.say(
+                f"run {config.run.name!r} is finished: {config.training.steps} steps in {config.run.directory}; for "
+                "a fresh one, remove that directory"
+            )
+            return 0
+        server = _embedded(config)
+        url = server.start() if server is not None else config.queue.url
+        specs = child_specs(config, run_file, url)
+        supervisor = Supervisor(
+            specs, config.run.directory / "logs", view, server, policy=policy or RestartPolicy()
+        )
+        ending = asyncio.run(_supervise(supervisor, config, url, view))
+        _conclude(config, run_file, ending, supervisor.reason, view)
+    return EXIT_CODES[ending]
+
+
+async def _supervise(supervisor: Supervisor, config: RunConfig, url: str, view: View) -> Ending:
+    install_signals(supervisor.request_stop)
+    lookout = Lookout(config, url, lambda: supervisor.children)
+    watching = asyncio.create_task(lookout.run(view))
+    try:
+        return await supervisor.run()
+    finally:
+        watching.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await watching
+
+
+def _conclude(config: RunConfig, run_file: Path, ending: Ending, reason: str, view: View) -> None:
+    _write_state(config, ending)
+    directory = config.run.directory
+    if ending == "finished":
+        view.say(f"finished: {config.training.steps} steps; the student is in {directory / 'student'}")
+    elif ending == "stopped":
+        view.say(f"stopped; `tutelage up {run_file}` continues from the last checkpoint")
+    else:
+        view.say(f"the run has FAILED: {reason}. Logs: {directory / 'logs'}", problem=True)
+
+
+def child_specs(config: RunConfig, run_file: Path, queue_url: str) -> tuple[ChildSpec, ...]:
+    """The processes of a run in the order they start: teachers, trainer, samplers."""
+    specs = []
+    for name, entry in config.teachers.items():
+        if entry.address is None:
+            specs += [_replica(config, name, entry, index, queue_url) for index in range(entry.replicas)]
+    specs.append(ChildSpec("trainer", "trainer", ("train", str(run_file)), grace_seconds=120.0))
+    specs += [
+        ChildSpec(f"sampler-{index}", "sampler", ("rollout", str(run_file), "--name", f"sampler-{index}"))
+        for index in range(config.sampling.replicas)
+    ]
+    return tuple(specs)
+
+
+def _replica(config: RunConfig, name: str, entry: TeacherEntry, index: int, queue_url: str) -> ChildSpec:
+    replica = f"{name}-{index}"
+    arguments = [
+        *(
+            "teacher",
+            "--name",
+            name,
+            "--engine",
+            entry.engine,
+            "--dtype",
+            entry.dtype,
+            "--device",
+            entry.device,
+        ),
+        *("--max-batch-tokens", str(entry.max_batch_tokens), "--grpc-port", "0", "--http-port", "0"),
+        *("--queue", queue_url, "--namespace", config.queue.namespace, "--consumer", replica),
+        *("--heartbeat-seconds", str(config.queue.heartbeat_seconds)),
+        *("--ready-file", str(config.run.directory / "logs" / f"{replica}.ready.json")),
+    ]
+    if entry.model is not None:
+        arguments += ["--model", entry.model]
+    if entry.revision is not None:
+        arguments += ["--revision", entry.revision]
+    if config.run.deterministic:
+        arguments.append("--deterministic")
+    if config.threads is not None:
+        arguments += ["--threads", str(config.threads)]
+    return ChildSpec(replica, "teacher", tuple(arguments))
+
+
+def _embedded(config: RunConfig) -> EmbeddedServer | None:
+    if config.queue.url != "embedded":
+        return None
+    from services.queue.embedded import EmbeddedServer
+
+    return EmbeddedServer(config.run.directory / "queue", dies_with_parent=True)
+
+
+@contextmanager
+def _only_one(directory: Path) -> Iterator[None]:
+    """Hold the run directory; a second `up` on it is refused while this one lives."""
+    with (directory / "up.lock").open("ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TutelageError(
+                "FAILED_PRECONDITION", f"{directory}: another `tutelage up` is working on this run"
+            ) from None
+        yield
+
+
+def _finished(config: RunConfig) -> bool:
+    path = config.run.directory / STATE
+    if not path.is_file():
+        return False
+    state = json.loads(path.read_text())
+    return bool(state["ending"] == "finished" and state["steps"] >= config.training.steps)
+
+
+def _write_state(config: RunConfig, ending: Ending) -> None:
+    path = config.run.directory / STATE
+    temporary = path.with_suffix(".part")
+    temporary.write_text(json.dumps({"ending": ending, "steps": config.training.steps}))
+    temporary.replace(path)
