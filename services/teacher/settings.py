@@ -18,33 +18,21 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 class LimitSettings(BaseModel):
-    """What the replica accepts in one request; unset fields are the engine's own."""
+    """What the replica accepts in one request; an engine narrows it to what its model can do."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     max_sequences: int = Field(default=1024, ge=1, description="sequences in a request")
-    max_sequence_tokens: int | None = Field(
-        default=None,
-        ge=2,
-        description="context + response of a sequence; unset: what the model was built for",
-    )
+    max_sequence_tokens: int = Field(default=131_072, ge=2, description="context + response of a sequence")
     max_request_tokens: int = Field(
         default=1_048_576, ge=2, description="tokens in a request, shared contexts counted once"
     )
     max_top_k: int = Field(default=256, ge=0, description="largest K of signal.top_k")
     max_candidates: int = Field(default=256, ge=0, description="largest C of candidate_ids [R, C]")
 
-    def limits(self, max_sequence_tokens: int, max_message_bytes: int) -> Limits:
-        """As the contract's Limits, with the model's own length where none is set."""
-        own = self.max_sequence_tokens
-        return Limits(
-            max_sequences=self.max_sequences,
-            max_sequence_tokens=max_sequence_tokens if own is None else min(own, max_sequence_tokens),
-            max_request_tokens=self.max_request_tokens,
-            max_top_k=self.max_top_k,
-            max_candidates=self.max_candidates,
-            max_message_bytes=max_message_bytes,
-        )
+    def limits(self, max_message_bytes: int) -> Limits:
+        """As the contract's Limits."""
+        return Limits(**self.model_dump(), max_message_bytes=max_message_bytes)
 
 
 class TeacherSettings(BaseModel):
@@ -61,6 +49,9 @@ class TeacherSettings(BaseModel):
     dtype: DtypeName = Field(
         default="auto", description="weights and activations; auto: as the model was saved"
     )
+    head_dtype: Literal["float32", "model"] = Field(
+        default="float32", description="type in which logits are computed; model: as the weights"
+    )
     device: str = Field(default="auto", description="cpu, cuda, cuda:1, …; auto: a GPU when there is one")
     max_batch_tokens: int = Field(default=16_384, ge=1, description="tokens of one forward pass")
     deterministic: bool = Field(
@@ -72,7 +63,7 @@ class TeacherSettings(BaseModel):
     service: ServiceSettings = Field(default_factory=ServiceSettings)
     queue_url: str | None = Field(default=None, description="redis://… of the queue to take jobs from")
     namespace: str = Field(default="tutelage", description="prefix of every key in the queue")
-    heartbeat_seconds: float = Field(default=10.0, gt=0, description="how often a job's lease is renewed")
+    heartbeat_seconds: float = Field(default=5.0, gt=0, description="how often a job's lease is renewed")
     queue_concurrency: int = Field(default=8, ge=1, description="jobs held from the queue at once")
     consumer: str = Field(
         default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}",

@@ -1,0 +1,128 @@
+"""Takes jobs from the queue and scores them through the same core as direct calls.
+
+A job ends in exactly one way: committed, failed (tried again, in the end a dead letter), buried
+(trying again cannot help) or handed back (draining). The queue's own thread keeps the leases.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+
+import structlog
+from tutelage_client import codec
+from tutelage_client.errors import TutelageError
+
+from services.api.core import ScoringCore
+from services.queue import JobClaim, JobWorker, Queue
+from services.teacher.jobs import job_request
+
+_HOPELESS = frozenset({"INVALID_ARGUMENT", "NOT_FOUND"})
+_BLOCK_MS = 1_000
+
+_log = structlog.get_logger(__name__)
+
+
+class Puller:
+    """Works on the jobs of one teacher until `stop`."""
+
+    def __init__(self, core: ScoringCore, queue: Queue, *, consumer: str, concurrency: int) -> None:
+        self._core = core
+        self._queue = queue
+        self._consumer = consumer
+        self._concurrency = concurrency
+        self._running: dict[asyncio.Task[None], JobClaim] = {}
+        self._stopping = asyncio.Event()
+        self._hurry = asyncio.Event()
+
+    async def run(self) -> None:
+        """Claim and score until stopped; returns when every claim has ended."""
+        name = self._core.identity.name
+        with self._queue.presence("teacher", self._consumer):
+            async with self._queue.jobs(name, self._consumer) as worker:
+                while not self._stopping.is_set():
+                    await self._take_jobs(worker)
+                await self._finish(worker)
+
+    def stop(self) -> None:
+        """Claim nothing more; what is claimed is finished."""
+        self._stopping.set()
+
+    def hurry(self) -> None:
+        """Hand back what is claimed and not committed."""
+        self._stopping.set()
+        self._hurry.set()
+
+    async def _take_jobs(self, worker: JobWorker) -> None:
+        free = self._concurrency - len(self._running)
+        if free == 0:
+            await self._until_stopped_or(*self._running)
+            return
+        claiming = asyncio.create_task(worker.claim(free, _BLOCK_MS))
+        await self._until_stopped_or(claiming)
+        if not claiming.done():
+            claiming.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await claiming
+        if claiming.cancelled():
+            return
+        for claim in claiming.result():
+            task = asyncio.create_task(self._work(worker, claim))
+            self._running[task] = claim
+            task.add_done_callback(self._ended)
+
+    async def _until_stopped_or(self, *tasks: asyncio.Task[object]) -> None:
+        stopping = asyncio.create_task(self._stopping.wait())
+        await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        claim = self._running.pop(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            _log.error("job_abandoned", group=claim.group, view=claim.view, exc_info=error)
+
+    async def _finish(self, worker: JobWorker) -> None:
+        """Wait for running jobs; when told to hurry, cancel them and hand their claims back."""
+        hurry = asyncio.create_task(self._hurry.wait())
+        while self._running and not hurry.done():
+            await asyncio.wait({hurry, *self._running}, return_when=asyncio.FIRST_COMPLETED)
+        hurry.cancel()
+        left = dict(self._running)
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+
+    async def _work(self, worker: JobWorker, claim: JobClaim) -> None:
+        try:
+            outcome = await self._score(worker, claim)
+        except asyncio.CancelledError:
+            await worker.release(claim)
+            self._core.metrics.queue_jobs.labels("released").inc()
+            raise
+        except TutelageError as error:
+            outcome = await self._fail(worker, claim, error)
+        self._core.metrics.queue_jobs.labels(outcome).inc()
+
+    async def _score(self, worker: JobWorker, claim: JobClaim) -> str:
+        loaded = await worker.load(claim)
+        if loaded is None:
+            return "not_needed"
+        request = job_request(*loaded)
+        remaining = None if claim.deadline_ms is None else claim.deadline_ms / 1000 - time.time()
+        score = await self._core.score(request, transport="queue", remaining_seconds=remaining)
+        answer = codec.score_to_bytes(score, request.signal.encoding)
+        return "committed" if await worker.commit(claim, answer) else "second"
+
+    async def _fail(self, worker: JobWorker, claim: JobClaim, error: TutelageError) -> str:
+        _log.warning(
+            "job_failed",
+            group=claim.group,
+            view=claim.view,
+            delivery=claim.deliveries,
+            traceparent=claim.traceparent,
+            error=str(error),
+        )
+        end = worker.bury if error.code in _HOPELESS else worker.fail
+        return f"failed_{(await end(claim, str(error))).value}"
