@@ -172,7 +172,8 @@ def _check_fingerprint(encode: _Encoder, fingerprint: str) -> None:
     if fingerprint and own != fingerprint:
         raise TutelageError(
             "FAILED_PRECONDITION",
-            f"--tokenizer: fingerprint {own[:12]}…, the teacher's is {fingerprint[:12]}…: ids differ in meaning",
+            f"--tokenizer: fingerprint {own[:12]}…, the teacher's is {fingerprint[:12]}…: "
+            "ids would stand for other text",
         )
 
 

@@ -40,10 +40,9 @@ def run_up(run_file: Path, policy: RestartPolicy | None = None) -> int:
     config.run.directory.mkdir(parents=True, exist_ok=True)
     with _only_one(config.run.directory), make_view() as view:
         if _finished(config):
-            view.say(
-                f"run {config.run.name!r} is finished: {config.training.steps} steps in {config.run.directory}; for "
-                "a fresh one, remove that directory"
-            )
+            directory = config.run.directory
+            view.say(f"run {config.run.name!r} is finished: {config.training.steps} steps in {directory}")
+            view.say(f"for a fresh one, remove {directory}")
             return 0
         server = _embedded(config)
         url = server.start() if server is not None else config.queue.url

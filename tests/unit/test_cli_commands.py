@@ -1,0 +1,145 @@
+"""The command line: quick to answer, light to load, and clear about what is wrong with its input."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from launcher.cli import app
+
+COMMANDS = ("quickstart", "up", "teacher", "rollout", "train", "score", "doctor", "report", "bench")
+HEAVY = ("torch", "transformers", "fastapi", "uvicorn", "grpc", "redis", "numpy", "matplotlib")
+
+
+def tutelage(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"})
+
+
+def process(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "launcher", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=cwd,
+        check=False,
+    )
+
+
+def test_help_takes_less_than_half_a_second_of_processor_time() -> None:
+    # Processor time, best of three: the wall clock of a loaded machine says nothing about the command.
+    spent = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert process("--help").returncode == 0
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(spent) < 0.5
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["up", "--help"], ["teacher", "--help"]])
+def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import json, sys\n"
+        "from launcher.cli import app\n"
+        "try:\n    app(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        f"print('LOADED', json.dumps(sorted(set({HEAVY!r}) & set(sys.modules))))\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert json.loads(ran.stdout.rsplit("LOADED ", 1)[1]) == []
+
+
+def test_help_names_every_command() -> None:
+    text = tutelage("--help").stdout
+    assert [command for command in COMMANDS if command not in text] == []
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself_with_an_example(command: str) -> None:
+    ran = tutelage(command, "--help")
+    assert ran.exit_code == 0
+    assert f"tutelage {command}" in ran.stdout.split("Example", 1)[1]
+
+
+RUN_FILE = """
+[student]
+model = "student"
+[data]
+task = "addition"
+[objective]
+preset = "grpo"
+[sampling]
+samples_per_prompt = 2
+[training]
+steps = 1
+"""
+
+BAD_INPUT = {
+    "unknown command": (["uo"], "uo"),
+    "missing argument": (["up"], "RUN.toml"),
+    "no such run file": (["up", "nowhere.toml"], "nowhere.toml: there is no such file"),
+    "unknown key in a run file": (["train", "typo.toml"], "unknown key 'stepps'; the nearest key is 'steps'"),
+    "not TOML": (["doctor", "garbage.toml"], "not a TOML document"),
+    "no run directory": (["report", "empty"], "is not a run directory"),
+    "teacher without a model": (["teacher"], "model: got none"),
+    "listening to the world without a token": (
+        ["teacher", "--engine", "fake", "--host", "0.0.0.0"],
+        "without a token",
+    ),
+    "fake setting without a value": (["teacher", "--engine", "fake", "--fake", "seed"], "KEY=VALUE"),
+    "unknown fake setting": (["teacher", "--engine", "fake", "--fake", "sed=1"], "fake.sed"),
+    "engine that does not exist": (["teacher", "--engine", "vlm"], "engine: got 'vlm'"),
+    "score without a teacher": (["score", "rows.jsonl"], "exactly one of --teacher"),
+    "score into an unknown format": (
+        ["score", "rows.jsonl", "--model", "m", "--output", "out.csv"],
+        "must end in .jsonl or .parquet",
+    ),
+    "score of a missing file": (["score", "nowhere.jsonl", "--model", "m"], "there is no such file"),
+    "score of a line that is not JSON": (
+        ["score", "bad.jsonl", "--model", "m"],
+        "bad.jsonl, line 2: not JSON",
+    ),
+    "score of negative ids": (["score", "negative.jsonl", "--model", "m"], "must be a list of token ids"),
+    "bench outside a clone": (["bench"], "clone of the repository"),
+}
+
+
+@pytest.fixture(scope="module")
+def bad_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("bad")
+    (directory / "empty").mkdir()
+    (directory / "typo.toml").write_text(RUN_FILE.replace("steps = 1", "stepps = 1"))
+    (directory / "garbage.toml").write_text("steps == 1")
+    good = '{"context_ids": [1], "response_ids": [2]}\n'
+    (directory / "rows.jsonl").write_text(good)
+    (directory / "bad.jsonl").write_text(good + "{not json\n")
+    (directory / "negative.jsonl").write_text('{"context_ids": [1], "response_ids": [-2]}\n')
+    return directory
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_gives_one_clear_message_and_status_2(
+    case: str, bad_files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(bad_files)
+    arguments, expected = BAD_INPUT[case]
+    ran = tutelage(*arguments)
+    assert ran.exit_code == 2, ran.output
+    assert expected in " ".join(ran.stderr.split())
+    assert ran.exception is None or isinstance(ran.exception, SystemExit)
+
+
+def test_bad_input_of_the_real_command_shows_no_traceback(bad_files: Path) -> None:
+    ran = process("train", "typo.toml", cwd=bad_files)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr.startswith("tutelage: typo.toml")
+    assert "Traceback" not in ran.stderr
