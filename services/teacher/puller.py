@@ -39,7 +39,7 @@ class Puller:
     async def run(self) -> None:
         """Claim and score until stopped; returns when every claim has ended."""
         name = self._core.identity.name
-        with self._queue.presence("teacher", self._consumer):
+        with self._queue.presence(f"teacher:{name}", self._consumer):
             async with self._queue.jobs(name, self._consumer) as worker:
                 while not self._stopping.is_set():
                     await self._take_jobs(worker)

@@ -12,10 +12,10 @@ import structlog
 import torch
 from tutelage_client.errors import TutelageError
 
-from services.queue import LeaseSettings, OrderClaim, OrderWorker, Queue, Submitted
-from services.queue.embedded import EmbeddedServer
+from services.queue import OrderClaim, OrderWorker, Queue, Submitted
 from student_trainer.config import RunConfig
 from student_trainer.policy_store import PolicyStore, PolicyVersion
+from student_trainer.run_queue import run_queue
 from student_trainer.sampler.build import build_sampler
 from student_trainer.sampler.evaluation import evaluate
 from student_trainer.sampler.groups import GroupSampler, SampledGroup
@@ -47,11 +47,7 @@ async def _serve(config: RunConfig, name: str) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    settings, lease = config.queue, LeaseSettings(heartbeat=config.queue.heartbeat_seconds)
-    queue = Queue(
-        queue_url(config), settings.namespace, max_queued_tokens=settings.max_queued_tokens, lease=lease
-    )
-    async with queue:
+    async with run_queue(config) as queue:
         with queue.presence(ROLE, name):
             first = await _first_policy(PolicyStore(config.run.directory / "policy"), stop)
             if first is None:
@@ -69,13 +65,6 @@ async def _serve(config: RunConfig, name: str) -> None:
                 )
                 await service.serve()
     log.info("sampler drained", name=name)
-
-
-def queue_url(config: RunConfig) -> str:
-    """The server's address; an embedded one lives in the run's directory."""
-    if config.queue.url == "embedded":
-        return EmbeddedServer(config.run.directory / "queue").url
-    return config.queue.url
 
 
 async def _first_policy(store: PolicyStore, stop: asyncio.Event) -> PolicyVersion | None:

@@ -1,0 +1,170 @@
+"""Collecting the groups of one step: nothing twice, nothing stale, nothing unverified."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+
+import structlog
+from tutelage.v1.rollout_pb2 import Group
+from tutelage_client.errors import TutelageError
+
+from services.queue import ScoredGroup, ScoredReader
+from student_trainer.config import RunConfig
+from student_trainer.ledger import DropReason, Ledger
+from student_trainer.pacing import Pacer
+from student_trainer.verify import Expectations, RefusedGroupError, TrainingGroup, verify_group
+from student_trainer.waiting import Watch
+
+log = structlog.get_logger(__name__)
+
+BLOCK_MS = 500
+
+
+class Collector:
+    """Reads scored groups until a step has enough.
+
+    A deterministic run takes exactly the groups of the step, in index order; otherwise groups are
+    taken as they arrive, and staleness is checked at this moment, so time spent in the queue counts.
+    What was consumed is acknowledged only after a checkpoint covers it.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: RunConfig,
+        reader: ScoredReader,
+        pacer: Pacer,
+        watch: Watch,
+        ledger: Ledger,
+        expected: Expectations,
+        stop: asyncio.Event,
+    ) -> None:
+        self._run = config.run
+        self._per_step = config.training.prompts_per_step
+        self._staleness = config.training.max_staleness
+        self._teachers = [teacher for teacher, _ in expected.plan.view_requests.values()]
+        self._reader = reader
+        self._pacer = pacer
+        self._watch = watch
+        self._ledger = ledger
+        self._expected = expected
+        self._stop = stop
+        self._early: dict[int, TrainingGroup] = {}  # deterministic runs: groups of this and later steps
+        self._delivered: list[ScoredGroup] = []  # without payload; to be acknowledged once consumed
+        self._refused_in_a_row = 0
+        self._idle_looks = 0
+        self.duplicates = 0
+
+    async def collect(self, show: Callable[[str], Awaitable[None]]) -> list[TrainingGroup] | None:
+        """The groups of step `ledger.step`, or None when asked to stop first.
+
+        Args:
+            show: called with a status while nothing arrives.
+
+        Raises:
+            TutelageError: FAILED_PRECONDITION when groups are refused one after the other, or a
+                deterministic run cannot have the group it needs.
+        """
+        batch: dict[int, TrainingGroup] = {}
+        while True:
+            batch |= self._take_early()
+            if len(batch) == self._per_step:
+                return [batch[index] for index in (sorted(batch) if self._run.deterministic else batch)]
+            if self._stop.is_set():
+                return None
+            wanted = self._per_step - len(batch)
+            arrived = await self._reader.read(wanted, BLOCK_MS)
+            if not arrived:
+                await self._wait(show)
+                continue
+            self._watch.news()
+            self._idle_looks = 0
+            dropped = sum(self._drops(scored, batch) for scored in arrived)
+            await self._pacer.replace(dropped, self._ledger.step)
+
+    async def acknowledge(self) -> None:
+        """Let the queue forget what has been trained or dropped; only after a checkpoint says so too."""
+        consumed = [scored for scored in self._delivered if self._ledger.knows(scored.group.index)]
+        await self._reader.acknowledge(consumed)
+        self._delivered = [scored for scored in self._delivered if not self._ledger.knows(scored.group.index)]
+
+    def _take_early(self) -> dict[int, TrainingGroup]:
+        first = self._ledger.step * self._per_step
+        return {i: self._early.pop(i) for i in range(first, first + self._per_step) if i in self._early}
+
+    def _drops(self, scored: ScoredGroup, batch: dict[int, TrainingGroup]) -> bool:
+        """Put a delivered group where it belongs; True when it was dropped and needs a replacement."""
+        index = scored.group.index
+        self._delivered.append(_without_payload(scored))
+        if self._ledger.knows(index) or index in batch or index in self._early:
+            self.duplicates += 1
+            log.info("group delivered again", group=scored.group.id)
+            return False
+        try:
+            group = verify_group(scored, self._expected, self._ledger.pins)
+            self._check_staleness(group)
+        except RefusedGroupError as error:
+            self._refuse(scored, error.reason, error.message)
+            return True
+        self._refused_in_a_row = 0
+        (self._early if self._run.deterministic else batch)[index] = group
+        return False
+
+    def _check_staleness(self, group: TrainingGroup) -> None:
+        """Raise when the group was sampled too many updates away from the weights it would train.
+
+        After a resumption groups may come from versions that were published after the checkpoint:
+        those weights are as many updates away as the numbers differ, so the distance counts.
+        """
+        if self._run.deterministic:
+            exact = max(0, group.index // self._per_step - self._staleness)
+            if group.policy_version != exact:
+                message = f"sampled by policy version {group.policy_version}, needs exactly {exact}"
+                raise RefusedGroupError("stale", message)
+            return
+        distance = abs(self._ledger.step - group.policy_version)
+        if distance > self._staleness:
+            raise RefusedGroupError(
+                "stale",
+                f"sampled by policy version {group.policy_version}, {distance} from version "
+                f"{self._ledger.step}; max_staleness is {self._staleness}",
+            )
+
+    def _refuse(self, scored: ScoredGroup, reason: DropReason, message: str) -> None:
+        log.warning("group dropped", group=scored.group.id, reason=reason, detail=message)
+        if self._run.deterministic:
+            raise TutelageError(
+                "FAILED_PRECONDITION",
+                f"group {scored.group.id} cannot be trained ({reason}): {message}. A deterministic run "
+                "takes no other group in its place",
+            )
+        self._ledger.drop(scored.group.index, reason)
+        if reason != "stale":
+            self._refused_in_a_row += 1
+            if self._refused_in_a_row >= max(self._per_step, 8):
+                raise TutelageError(
+                    "FAILED_PRECONDITION",
+                    f"{self._refused_in_a_row} groups in a row were refused, the last one ({reason}): "
+                    f"{message}",
+                )
+
+    async def _wait(self, show: Callable[[str], Awaitable[None]]) -> None:
+        status = await self._watch.look("scores")
+        if status is None:
+            return
+        await show(status)
+        # Nothing arrives and nobody works: the queue lost work that it had acknowledged.
+        if await self._watch.idle(self._teachers):
+            self._idle_looks += 1
+            if self._idle_looks >= 2:
+                self._idle_looks = 0
+                log.warning("samplers and teachers are idle: ordering what is missing again")
+                await self._pacer.place_missing(self._ledger.step)
+        else:
+            self._idle_looks = 0
+
+
+def _without_payload(scored: ScoredGroup) -> ScoredGroup:
+    return replace(scored, group=Group(id=scored.group.id, index=scored.group.index), scores={}, errors={})

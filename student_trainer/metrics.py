@@ -1,0 +1,138 @@
+"""Metrics: one flat record per step and per evaluation, handed to every tracker.
+
+RUN_DIR/metrics.jsonl is always written: one JSON object per line. A resumed run cuts it back to the
+checkpoint, so no step appears twice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Protocol
+
+import structlog
+
+from student_trainer.config import RunConfig
+from student_trainer.evaluations import Evaluation
+from student_trainer.learner import StepResult
+from student_trainer.ledger import Ledger
+from student_trainer.verify import TrainingGroup
+
+log = structlog.get_logger(__name__)
+
+
+class Tracker(Protocol):
+    """Somewhere figures go."""
+
+    def log(self, step: int, values: dict[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def step_record(
+    groups: list[TrainingGroup], result: StepResult, ledger: Ledger, seconds: dict[str, float]
+) -> dict[str, float]:
+    """The figures of the step that made policy version `ledger.step`.
+
+    Means are over trained positions. `kl` is the mean of log p(y) - log q(y) over sampled tokens, in
+    nats, where the teacher's log q(y) is known; else the mean divergence of the objective.
+    """
+    positions = max(1.0, result.sums.get("positions", 0.0))
+    sums = dict(result.sums)
+    counts = {
+        name: sums.pop(name) for name in list(sums) if name.startswith("dropped_") or name == "positions"
+    }
+    monitored = sums.pop("monitored", 0.0)
+    record: dict[str, float] = {"step": ledger.step, "policy_version": ledger.step, "loss": result.loss}
+    for name, total in sums.items():
+        share = monitored if name in ("sampled_kl", "teacher_logprob") else positions
+        if share:
+            record[name] = total / share
+    if "sampled_kl" in record or "divergence" in record:
+        record["kl"] = record.get("sampled_kl", record.get("divergence", 0.0))
+    staleness = [float(abs(ledger.step - 1 - group.policy_version)) for group in groups]
+    rewards = [reward for group in groups for reward in group.rewards if reward is not None]
+    tokens = sum(group.num_tokens for group in groups)
+    total_seconds = sum(seconds.values())
+    record |= {
+        **counts,
+        "gradient_norm": result.gradient_norm,
+        "learning_rate": result.learning_rate,
+        "staleness_mean": fmean(staleness),
+        "staleness_max": max(staleness),
+        "groups": len(groups),
+        "response_tokens": tokens,
+        "tokens_per_second": tokens / total_seconds if total_seconds else 0.0,
+        "trained_tokens_per_second": tokens / seconds["train"] if seconds.get("train") else 0.0,
+        "tokens_sampled": ledger.tokens_sampled,
+        "tokens_scored": ledger.tokens_scored,
+        "refused_steps": ledger.refused_steps,
+    }
+    if rewards:
+        record["reward_mean"] = fmean(rewards)
+    record |= {f"seconds_{name}": value for name, value in seconds.items()}
+    record |= {f"groups_dropped_{reason}": count for reason, count in sorted(ledger.drop_counts.items())}
+    return record
+
+
+def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
+    """As the report reads it."""
+    return {
+        "evaluation": {
+            "policy_version": evaluation.policy_version,
+            "prompts": evaluation.prompts,
+            "greedy": evaluation.greedy,
+            "sampled": evaluation.sampled,
+        }
+    }
+
+
+class MetricsFile:
+    """RUN_DIR/metrics.jsonl, cut back to what a checkpoint covers when it is opened."""
+
+    def __init__(self, path: Path, *, step: int, pending_evaluations: Iterable[int]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            _cut_back(path, step, set(pending_evaluations))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(_finite(record)) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _cut_back(path: Path, step: int, pending: set[int]) -> None:
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # the last line of a killed process
+        evaluation = record.get("evaluation")
+        version = record["step"] if evaluation is None else evaluation["policy_version"]
+        if version <= step and not (evaluation is not None and version in pending):
+            kept.append(line + "\n")
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _finite(record: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN: a figure that is not finite is written as null."""
+    return {
+        name: None if isinstance(value, float) and value - value != 0.0 else value
+        for name, value in record.items()
+    }
+
+
+def open_trackers(config: RunConfig, step: int) -> list[Tracker]:
+    """The trackers that the run file names; one that is not installed is an error with the remedy."""
+    from student_trainer.trackers import TRACKERS
+
+    return [TRACKERS[name](config, step) for name in config.training.trackers]

@@ -1,0 +1,74 @@
+"""Starting or resuming a run: the newest whole checkpoint decides where it stands."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import structlog
+from tutelage_client.errors import TutelageError
+
+from student_trainer.checkpoint import CheckpointStore, load_tensors
+from student_trainer.config import RunConfig
+from student_trainer.learner import Learner
+from student_trainer.ledger import Ledger
+
+log = structlog.get_logger(__name__)
+
+
+def restore(config: RunConfig, checkpoints: CheckpointStore, learner: Learner) -> Ledger:
+    """Put `learner` where the newest whole checkpoint left it and return that checkpoint's ledger.
+
+    A run without a checkpoint gets one of step 0, so that a resumption always finds one.
+
+    Raises:
+        TutelageError: FAILED_PRECONDITION when every checkpoint is damaged, or belongs to a run
+            with other settings.
+    """
+    checkpoint, damaged = checkpoints.newest()
+    for skipped in damaged:
+        log.warning("checkpoint is damaged and skipped", path=str(skipped.path), reason=skipped.reason)
+    if checkpoint is None:
+        if damaged:
+            raise _precondition(
+                f"none of the {len(damaged)} checkpoints in {checkpoints.directory} is whole "
+                f"({damaged[0].path.name}: {damaged[0].reason}); restore one, or start in another directory"
+            )
+        ledger = Ledger(settings=fixed_settings(config))
+        checkpoints.save(learner.state_tensors(), ledger)
+        return ledger
+    _check_same_run(config, checkpoint.ledger, checkpoints)
+    tensors = learner.state_tensors()
+    try:
+        load_tensors(checkpoint, tensors)
+    except ValueError as error:
+        raise _precondition(str(error)) from error
+    learner.restore_random_state(tensors)
+    log.info("resumed", step=checkpoint.ledger.step, checkpoint=str(checkpoint.path))
+    return checkpoint.ledger
+
+
+def fixed_settings(config: RunConfig) -> dict[str, Any]:
+    """What may not change between a run and its resumption, by its place in the run file."""
+    lora = config.student.lora
+    return {
+        "run.name": config.run.name,
+        "run.seed": config.run.seed,
+        "run.deterministic": config.run.deterministic,
+        "training.prompts_per_step": config.training.prompts_per_step,
+        "student.model": config.student.model,
+        "student.lora": None if lora is None else lora.model_dump(mode="json"),
+    }
+
+
+def _check_same_run(config: RunConfig, ledger: Ledger, checkpoints: CheckpointStore) -> None:
+    for name, value in fixed_settings(config).items():
+        saved = ledger.settings.get(name)
+        if saved != value:
+            raise _precondition(
+                f"{checkpoints.directory} holds a run with {name} = {saved!r}, the run file says {value!r}; "
+                "a run continues only as it began: choose another [run] directory and name"
+            )
+
+
+def _precondition(message: str) -> TutelageError:
+    return TutelageError("FAILED_PRECONDITION", message)

@@ -1,0 +1,140 @@
+"""The trainer process: parse, build, train, close."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from contextlib import closing
+
+import structlog
+import torch
+from tutelage_client.errors import TutelageError
+
+from services.queue import Queue
+from student_trainer.checkpoint import CheckpointStore
+from student_trainer.collect import Collector
+from student_trainer.config import RunConfig
+from student_trainer.evaluations import Evaluations
+from student_trainer.learner import Learner
+from student_trainer.metrics import open_trackers
+from student_trainer.objective.compile import Plan, compile_plan
+from student_trainer.pacing import Pacer
+from student_trainer.policy_store import PolicyStore
+from student_trainer.recording import Recorder
+from student_trainer.resume import restore
+from student_trainer.run_queue import run_queue
+from student_trainer.status import StatusServer
+from student_trainer.student import Student, load_student
+from student_trainer.trainer import Parts, Trainer, describe
+from student_trainer.verify import Expectations
+from student_trainer.waiting import SAMPLER_ROLE, Watch, teacher_role
+
+log = structlog.get_logger(__name__)
+
+
+def main(config: RunConfig) -> int:
+    """Train until the last step, SIGTERM or SIGINT; 0 in either case, and the run can be continued.
+
+    Raises:
+        TutelageError: the run cannot go on; says what is wrong.
+    """
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    _configure_torch(config)
+    asyncio.run(_train(config))
+    return 0
+
+
+async def _train(config: RunConfig) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    async with run_queue(config) as queue:
+        with queue.presence("trainer", "trainer"), StatusServer(config.training.metrics_port) as status:
+            log.info("status port", address=status.address)
+            parts = await _build(config, queue, status, stop)
+            log.info("training", **describe(parts))
+            with closing(parts.recorder):
+                try:
+                    await Trainer(parts).run()
+                except Exception as error:
+                    await parts.recorder.status(f"failed: {error}", parts.ledger)
+                    raise
+
+
+async def _build(config: RunConfig, queue: Queue, status: StatusServer, stop: asyncio.Event) -> Parts:
+    """Load the student, find where the run stands, and connect everything to it."""
+    plan = compile_plan(
+        config.objective,
+        student_temperature=config.sampling.temperature,
+        teachers=sorted(config.teachers),
+    )
+    for warning in plan.warnings:
+        log.warning("objective", warning=warning)
+    student = load_student(config.student)
+    learner = Learner(student, plan, config.training)
+    checkpoints = CheckpointStore(config.run.directory / "checkpoints")
+    ledger = restore(config, checkpoints, learner)
+    await _check_queue(config, queue, ledger.run_id)
+    policies = PolicyStore(config.run.directory / "policy")
+    pacer = Pacer(queue, config, ledger)
+    teachers = sorted({teacher for teacher, _ in plan.view_requests.values()})
+    watch = Watch(queue, config.run.name, [SAMPLER_ROLE, *map(teacher_role, teachers)])
+    return Parts(
+        config=config,
+        queue=queue,
+        learner=learner,
+        ledger=ledger,
+        checkpoints=checkpoints,
+        policies=policies,
+        pacer=pacer,
+        collector=Collector(
+            config=config,
+            reader=queue.scored(config.run.name),
+            pacer=pacer,
+            watch=watch,
+            ledger=ledger,
+            expected=_expectations(config, plan, student),
+            stop=stop,
+        ),
+        evaluations=Evaluations(queue, config, ledger, policies),
+        recorder=Recorder(
+            config=config,
+            queue=queue,
+            status=status,
+            trackers=open_trackers(config, ledger.step),
+            tokenizer=student.tokenizer,
+            ledger=ledger,
+        ),
+        watch=watch,
+        stop=stop,
+    )
+
+
+def _expectations(config: RunConfig, plan: Plan, student: Student) -> Expectations:
+    return Expectations(
+        run=config.run.name,
+        plan=plan,
+        sampling_temperature=config.sampling.temperature,
+        vocab_size=student.vocab_size,
+        tokenizer_fingerprint=student.fingerprint,
+        fake_teachers=frozenset(name for name, entry in config.teachers.items() if entry.engine == "fake"),
+    )
+
+
+async def _check_queue(config: RunConfig, queue: Queue, run_id: str) -> None:
+    """Refuse a queue that holds the groups of another run under this run's name."""
+    found = (await queue.read_progress(config.run.name)).get("run_id")
+    if found not in (None, run_id):
+        raise TutelageError(
+            "FAILED_PRECONDITION",
+            f"the queue holds another run called {config.run.name!r}, which {config.run.directory} knows "
+            "nothing of; choose another [run] name or [queue] namespace",
+        )
+
+
+def _configure_torch(config: RunConfig) -> None:
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    torch.use_deterministic_algorithms(config.run.deterministic)
+    torch.manual_seed(config.run.seed)

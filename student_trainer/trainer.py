@@ -1,0 +1,232 @@
+"""The training loop: collect, step, log, checkpoint, acknowledge, publish, order more."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+from tutelage_client.errors import TutelageError
+
+from services.queue import Queue
+from student_trainer.alignment import check_alignment
+from student_trainer.checkpoint import CheckpointStore
+from student_trainer.collect import Collector
+from student_trainer.config import RunConfig
+from student_trainer.durable import atomic_directory
+from student_trainer.evaluations import Evaluations
+from student_trainer.learner import Learner, StepResult
+from student_trainer.ledger import Ledger
+from student_trainer.metrics import step_record
+from student_trainer.pacing import Pacer
+from student_trainer.policy_store import PolicyStore
+from student_trainer.recording import Recorder
+from student_trainer.verify import TrainingGroup
+from student_trainer.waiting import Watch
+
+log = structlog.get_logger(__name__)
+
+POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the loop works with."""
+
+    config: RunConfig
+    queue: Queue
+    learner: Learner
+    ledger: Ledger
+    checkpoints: CheckpointStore
+    policies: PolicyStore
+    pacer: Pacer
+    collector: Collector
+    evaluations: Evaluations
+    recorder: Recorder
+    watch: Watch
+    stop: asyncio.Event
+
+
+class Trainer:
+    """One run, from where its ledger stands to its end or to a request to stop."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._ledger = parts.ledger
+        self._settings = parts.config.training
+        self._saved_step = parts.ledger.step
+        self._refused_in_a_row = 0
+        self._alignment_checked = False
+
+    async def run(self) -> bool:
+        """Train to the last step; False when asked to stop before (a checkpoint is saved then)."""
+        parts = self._parts
+        await self._begin()
+        while self._ledger.step < self._settings.steps:
+            started = time.perf_counter()
+            groups = await self._collect()
+            if groups is None:
+                return await self._stopped()
+            collected = time.perf_counter()
+            result = self._step(groups)
+            trained = time.perf_counter()
+            await self._save_and_publish()
+            seconds = {
+                "wait": collected - started,
+                "train": trained - collected,
+                "save": time.perf_counter() - trained,
+            }
+            self._ledger.seconds += sum(seconds.values())
+            await parts.recorder.step(step_record(groups, result, self._ledger, seconds), self._ledger)
+            await self._log_evaluations()
+        while self._ledger.pending_evaluations:
+            if parts.stop.is_set():
+                return await self._stopped()
+            await self._await_evaluation()
+        await self._finish()
+        return True
+
+    async def _begin(self) -> None:
+        """Publish the policy the ledger stands at and order what is missing."""
+        parts, version = self._parts, self._ledger.step
+        parts.policies.discard_above(version)
+        if parts.policies.get(version) is None:
+            parts.policies.publish(version, parts.learner.student.export)
+        await parts.recorder.status("training", self._ledger)
+        if version == 0:
+            parts.evaluations.note(version)
+        await parts.evaluations.order(resuming=True)
+        await parts.pacer.place_ahead(version)
+        await parts.pacer.place_missing_replacements(version)
+
+    async def _collect(self) -> list[TrainingGroup] | None:
+        """The step's groups; what the trainer waits for is shown meanwhile."""
+        shown = "training"
+
+        async def show(status: str) -> None:
+            nonlocal shown
+            if status != shown:
+                shown = status
+                await self._parts.recorder.status(status, self._ledger)
+
+        groups = await self._parts.collector.collect(show)
+        if groups is not None:
+            await show("training")
+        return groups
+
+    def _step(self, groups: list[TrainingGroup]) -> StepResult:
+        """One optimizer step, and its entry in the ledger."""
+        parts, ledger, settings = self._parts, self._ledger, self._settings
+        comparable = not self._alignment_checked and any(g.policy_version == ledger.step for g in groups)
+        sampled = settings.sample_every > 0 and (ledger.step + 1) % settings.sample_every == 0
+        result = parts.learner.step(groups, ledger.step, traces=sampled or comparable)
+        if comparable and result.refused is None:
+            check_alignment(result, ledger.step)
+            self._alignment_checked = True
+        for group in groups:
+            ledger.applied.add(group.index)
+            ledger.tokens_sampled += group.num_tokens
+            ledger.tokens_scored += group.num_scores
+        ledger.step += 1
+        self._count_refusal(result)
+        if sampled:
+            parts.recorder.samples(ledger.step, result)
+        return result
+
+    def _count_refusal(self, result: StepResult) -> None:
+        if result.refused is None:
+            self._refused_in_a_row = 0
+            return
+        self._ledger.refused_steps += 1
+        self._refused_in_a_row += 1
+        log.warning("step refused, weights unchanged", step=self._ledger.step, reason=result.refused)
+        if self._refused_in_a_row >= self._settings.max_refused_steps:
+            raise TutelageError(
+                "FAILED_PRECONDITION",
+                f"{self._refused_in_a_row} steps in a row were refused, the last one because "
+                f"{result.refused}; lower [training] learning_rate or look at the rewards and scores in metrics.jsonl",
+            )
+
+    async def _save_and_publish(self) -> None:
+        """Make the step count: checkpoint and acknowledge when due, publish, order, evaluate."""
+        parts, version = self._parts, self._ledger.step
+        parts.evaluations.note(version)
+        if version % self._settings.checkpoint_every == 0 or version == self._settings.steps:
+            await self._checkpoint()
+        parts.policies.publish(version, parts.learner.student.export)
+        parts.policies.prune(self._oldest_needed(), pinned=self._ledger.pending_evaluations)
+        await parts.pacer.place_ahead(version)
+        await parts.evaluations.order()
+
+    async def _checkpoint(self) -> None:
+        """Save, then acknowledge exactly what the saved ledger knows."""
+        parts = self._parts
+        parts.checkpoints.save(parts.learner.state_tensors(), self._ledger)
+        self._saved_step = self._ledger.step
+        parts.checkpoints.prune(self._settings.keep_checkpoints)
+        await parts.collector.acknowledge()
+
+    def _oldest_needed(self) -> int:
+        """Oldest policy version that an order may still ask for.
+
+        A deterministic run may be resumed from its oldest checkpoint and then needs the exact
+        versions of that time.
+        """
+        staleness = self._settings.max_staleness
+        if self._parts.config.run.deterministic:
+            return min(self._parts.checkpoints.steps()) - staleness
+        return self._ledger.step - staleness - 1
+
+    async def _log_evaluations(self) -> None:
+        progress = await self._parts.queue.read_progress(self._parts.config.run.name)
+        for evaluation in self._parts.evaluations.collect(progress):
+            await self._parts.recorder.evaluation(evaluation)
+
+    async def _await_evaluation(self) -> None:
+        """Wait a moment for the answers still open after the last step."""
+        parts = self._parts
+        open_before = len(self._ledger.pending_evaluations)
+        await self._log_evaluations()
+        if len(self._ledger.pending_evaluations) < open_before:
+            parts.watch.news()
+            return
+        status = await parts.watch.look("evaluation")
+        if status is not None:
+            await parts.recorder.status(status, self._ledger)
+            if await parts.watch.idle([]):
+                await parts.evaluations.order_again()
+        await asyncio.sleep(POLL_SECONDS)
+
+    async def _stopped(self) -> bool:
+        if self._ledger.step > self._saved_step:
+            await self._checkpoint()
+        await self._parts.recorder.status("stopped", self._ledger)
+        log.info("stopped; the same command continues the run", step=self._ledger.step)
+        return False
+
+    async def _finish(self) -> None:
+        """Write the trained student where `from_pretrained` finds it."""
+        parts = self._parts
+        directory = parts.config.run.directory
+        with atomic_directory(directory / "student") as temporary:
+            parts.learner.student.export(temporary)
+        if parts.learner.student.lora:
+            with atomic_directory(directory / "adapter") as temporary:
+                parts.learner.student.export_adapter(temporary)
+        await parts.recorder.status("finished", self._ledger)
+        log.info("finished", steps=self._ledger.step, student=str(directory / "student"))
+
+
+def describe(parts: Parts) -> dict[str, Any]:
+    """What a person wants to know when the trainer starts."""
+    trained = sum(parameter.numel() for _, parameter in parts.learner.student.trained())
+    return {
+        "run": parts.config.run.name,
+        "directory": str(parts.config.run.directory),
+        "device": str(parts.learner.student.device),
+        "trained_parameters": trained,
+        "step": parts.ledger.step,
+        "steps": parts.config.training.steps,
+    }
