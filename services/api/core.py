@@ -132,10 +132,7 @@ class ScoringCore:
         if len(problems) == len(request.sequences):
             failed = [SequenceScore(s.id, problems[i]) for i, s in enumerate(request.sequences)]
             return Score(tuple(failed), self.identity, request_id=request.request_id)
-        work = request
-        if problems:
-            kept = tuple(s for i, s in enumerate(request.sequences) if i not in problems)
-            work = replace(request, sequences=kept)
+        work = _without(request, problems)
         score = await self._admitted(work, deadline, bounded=bounded)
         check_pins(request.pins, score.identity)  # weights may have changed while it waited
         guarded = self._guarded(work, score)
@@ -227,3 +224,18 @@ class ScoringCore:
             self.metrics.requests.labels(transport, code).inc()
             seconds = asyncio.get_running_loop().time() - began
             self.metrics.seconds.labels(transport).observe(seconds)
+
+
+def _without(request: ScoreRequest, problems: Mapping[int, SequenceError]) -> ScoreRequest:
+    """The request less its bad sequences and every context that then serves nobody."""
+    used = sorted({s.context for i, s in enumerate(request.sequences) if i not in problems})
+    if not problems and len(used) == len(request.contexts):
+        return request
+    moved = {old: new for new, old in enumerate(used)}
+    return replace(
+        request,
+        contexts=tuple(request.contexts[old] for old in used),
+        sequences=tuple(
+            replace(s, context=moved[s.context]) for i, s in enumerate(request.sequences) if i not in problems
+        ),
+    )
