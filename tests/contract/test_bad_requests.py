@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import grpc
 import pytest
+import pytest_asyncio
 from google.protobuf import json_format
 from support.teachers import LIMITS, VOCAB, Doors, RecordingScorer, http_client, serve
 from tutelage.v1 import teacher_pb2 as pb
@@ -65,7 +66,7 @@ class Service:
         return await self.http_bytes(json_format.MessageToJson(request).encode(), JSON)
 
 
-@pytest.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def shared() -> AsyncIterator[Service]:
     scorer = RecordingScorer()
     async with serve(scorer) as doors:
