@@ -145,8 +145,10 @@ def build_layout(
 ) -> PackedLayout:
     """Lay out `sequences` (context index, response ids); contexts that nobody uses take no rows.
 
-    Raises TutelageError (INVALID_ARGUMENT) for an empty context or response, or an unknown index.
+    Raises TutelageError (INVALID_ARGUMENT) for no sequence, an empty context or response, an unknown index.
     """
+    if not sequences:
+        raise invalid("sequences: got none, there must be at least one")
     context_ids = [_ids(ids, f"contexts[{i}]") for i, ids in enumerate(contexts)]
     responses = [_ids(ids, f"sequences[{i}] response") for i, (_, ids) in enumerate(sequences)]
     members: dict[int, list[int]] = {}
@@ -201,15 +203,14 @@ def _assemble(
     def tensor(array: IntArray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
-    empty = np.zeros(0, dtype=np.int64)
     return PackedLayout(
-        input_ids=tensor(np.concatenate(runs) if runs else empty),
+        input_ids=tensor(np.concatenate(runs)),
         position_ids=tensor(positions),
         score_rows=tensor(rows),
-        response_ids=tensor(np.concatenate(responses) if responses else empty),
+        response_ids=tensor(np.concatenate(responses)),
         offsets=offsets,
         num_unshared=int((table[:, 1] + table[:, 3]).sum()),
-        max_position=int(positions.max()) if len(positions) else 0,
+        max_position=int(positions.max()),
         sequence_parts=tuple(parts),
         _segments=tuple(segments),
     )
@@ -225,8 +226,7 @@ def _ids(ids: Iterable[int] | npt.NDArray[np.integer], name: str) -> IntArray:
 def _ranges(starts: IntArray, lengths: IntArray) -> IntArray:
     """start, start + 1, … for every (start, length), one after the other."""
     ends = np.cumsum(lengths)
-    total = int(ends[-1]) if len(ends) else 0
-    return np.repeat(starts - (ends - lengths), lengths) + np.arange(total, dtype=np.int64)
+    return np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1], dtype=np.int64)
 
 
 def _cut(segment: _Segment, window: int | None, explicit: bool) -> Iterable[_Piece]:

@@ -18,12 +18,7 @@ from services.models.head import Head, head_of
 from services.models.packed import is_packed
 from services.models.selfcheck import check_head, not_packable
 
-DTYPES: dict[str, torch.dtype | Literal["auto"]] = {
-    "auto": "auto",
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
@@ -144,8 +139,10 @@ def _install_packing(model: Any) -> None:
 
 
 def _dtype(name: str) -> torch.dtype | Literal["auto"]:
+    if name == "auto":
+        return "auto"
     if name not in DTYPES:
-        raise invalid(f"dtype: got {name!r}, allowed are {', '.join(DTYPES)}")
+        raise invalid(f"dtype: got {name!r}, allowed are auto, {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
