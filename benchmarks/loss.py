@@ -75,7 +75,7 @@ def plain_step(problem: dict[str, Any]) -> Any:
     return loss.detach()
 
 
-def chunked_step(problem: dict[str, Any]) -> Any:
+def chunked_step(problem: dict[str, Any], chunk_rows: int = 256) -> Any:
     """The same through objective_loss."""
     import torch
 
@@ -99,6 +99,7 @@ def chunked_step(problem: dict[str, Any]) -> Any:
         plan,
         teacher_hidden=problem["teacher_hidden"],
         teacher_head=Head(problem["teacher_weight"]),
+        chunk_rows=chunk_rows,
     )
     out.loss.backward()
     return out.loss.detach()
