@@ -13,7 +13,9 @@ from typing import Annotated, Any
 
 import typer
 
-EXIT_BAD_INPUT = 2
+EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
+# Codes of TutelageError that trying again cannot cure: `tutelage up` does not restart such a child.
+PERMANENT = ("INVALID_ARGUMENT", "FAILED_PRECONDITION", "NOT_FOUND", "UNAUTHENTICATED")
 
 app = typer.Typer(
     name="tutelage",
@@ -55,7 +57,7 @@ def one_line_errors() -> Iterator[None]:
     except (RunFileError, FileNotFoundError, NotADirectoryError) as error:
         _refuse(str(error))
     except TutelageError as error:
-        _refuse(error.message)
+        _refuse(error.message, EXIT_BAD_INPUT if error.code in PERMANENT else EXIT_FAILED)
     except ValidationError as error:
         _refuse("; ".join(_sentence(problem) for problem in error.errors(include_url=False)))
 
@@ -70,16 +72,14 @@ def _sentence(problem: Any) -> str:
     )
 
 
-def _refuse(message: str) -> None:
+def _refuse(message: str, status: int = EXIT_BAD_INPUT) -> None:
     print(f"tutelage: {message}", file=sys.stderr)
-    raise typer.Exit(EXIT_BAD_INPUT)
+    raise typer.Exit(status)
 
 
 @app.command(rich_help_panel=EVERYTHING)
 def quickstart(
-    directory: Annotated[
-        Path, typer.Option(help="Where the run is written; an earlier run there is replaced.")
-    ] = Path("runs/quickstart"),
+    *,
     compare: Annotated[
         bool, typer.Option("--compare", help="Also run off-policy distillation and GRPO at equal tokens.")
     ] = False,
@@ -89,7 +89,8 @@ def quickstart(
     Needs no download and no GPU. The models are trained once and kept for the
     next run. Ends with a table of the teacher and the student before and after,
     and exits with status 1 when the student closed less than three quarters of
-    the gap.
+    the gap. Writes runs/quickstart (an earlier run there is replaced) and
+    artifacts/quickstart.
 
     [bold]Example[/bold]
 
@@ -98,7 +99,7 @@ def quickstart(
     with one_line_errors():
         from launcher.quickstart import run_quickstart
 
-        raise typer.Exit(run_quickstart(directory, compare=compare))
+        raise typer.Exit(run_quickstart(compare=compare))
 
 
 @app.command(rich_help_panel=EVERYTHING)

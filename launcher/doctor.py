@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ from launcher.doctor_checks import (
     check_served,
     demands,
 )
+from launcher.logs import only_warnings
 from launcher.model_facts import ModelFacts, NotHere, read_facts
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ def run_doctor(run_file: Path, *, download: bool, token: str | None) -> int:
 
     from student_trainer.config import load_run_config
 
+    only_warnings(logging.ERROR)  # what matters becomes a line of the table
     config = load_run_config(run_file)
     findings = list(examine(config, download=download, token=token))
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)

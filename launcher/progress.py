@@ -35,6 +35,7 @@ class Snapshot:
 
     run: str
     steps: int
+    status: str | None = None  # the trainer's own words
     step: int | None = None
     loss: float | None = None
     kl: float | None = None
@@ -42,7 +43,6 @@ class Snapshot:
     staleness: float | None = None
     greedy: float | None = None
     sampled: float | None = None
-    evaluated_version: int | None = None
     queued_tokens: int | None = None
     scored_per_second: float | None = None
     children: tuple[ChildView, ...] = ()
@@ -147,6 +147,7 @@ class LiveView:
             self._bar(snapshot),
             _figures(snapshot, sparkline(self._kl)),
             _children(snapshot.children),
+            Text(snapshot.status or "starting", style="dim" if snapshot.status == "training" else "yellow"),
         )
 
     def _bar(self, snapshot: Snapshot) -> RenderableType:
@@ -154,7 +155,7 @@ class LiveView:
         bar = Table.grid(padding=(0, 2))
         bar.add_row(
             Text(snapshot.run, style="bold"),
-            Text(f"step {done}/{snapshot.steps}"),
+            Text(f"step {done}/{snapshot.steps}", style="default"),
             ProgressBar(total=snapshot.steps, completed=done, width=32),
             Text(f"{clock(time.monotonic() - self._started)}{self._left(snapshot)}", style="dim"),
         )
@@ -205,6 +206,8 @@ def plain_line(snapshot: Snapshot) -> str:
         waiting = [f"{child.name} {child.state}" for child in snapshot.children]
         return f"{snapshot.run}: starting ({', '.join(waiting)})"
     parts = [f"{snapshot.run}: step {snapshot.step}/{snapshot.steps}"]
+    if snapshot.status not in (None, "training"):
+        parts.append(str(snapshot.status))
     if snapshot.greedy is not None:
         parts.append(f"accuracy {_percent(snapshot.greedy)} greedy {_percent(snapshot.sampled)} sampled")
     parts += [f"KL {_number(snapshot.kl)}", f"loss {_number(snapshot.loss)}"]

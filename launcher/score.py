@@ -15,6 +15,7 @@ import numpy as np
 from tutelage_client.errors import TutelageError, invalid
 from tutelage_client.types import Pins, Score, ScoreRequest, Sequence, Signal
 
+from launcher.logs import only_warnings
 from launcher.score_files import Row, open_sink, read_rows, record_of
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def score_file(source: Path, options: ScoreOptions) -> int:
     Raises:
         TutelageError: the options, the file or the teacher do not fit; nothing is written then.
     """
+    only_warnings()
     if (options.teacher is None) == (options.model is None):
         raise invalid("give exactly one of --teacher HOST:PORT and --model PATH_OR_ID")
     if options.output.suffix not in (".jsonl", ".parquet"):

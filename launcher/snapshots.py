@@ -1,17 +1,17 @@
-"""Looks at a run from outside: its metrics file, the queue and its processes, into one Snapshot."""
+"""Looks at a run from outside: its progress and teachers in the queue, and its processes."""
 
 from __future__ import annotations
 
 import asyncio
-import json
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import redis
 
 from launcher.progress import ChildView, Snapshot, View
-from services.queue.queue import Queue
+from student_trainer.run_queue import run_queue
 
 if TYPE_CHECKING:
     from launcher.children import Child
@@ -19,85 +19,77 @@ if TYPE_CHECKING:
 
 LOOK_SECONDS = 0.5
 PATIENCE_SECONDS = 2.0
-
-
-class MetricsTail:
-    """Follows RUN_DIR/metrics.jsonl: only whole lines, each once, later values over earlier ones."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._offset = 0
-        self.step: dict[str, Any] = {}
-        self.evaluation: dict[str, Any] = {}
-
-    def read(self) -> None:
-        """Take in what was appended since the last call."""
-        if not self._path.is_file():
-            return
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            content = file.read()
-        whole = content[: content.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        for line in whole.splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:  # a line torn by a killed trainer
-                continue
-            if "evaluation" in record:
-                self.evaluation = record["evaluation"]
-            elif "step" in record:
-                self.step = record
+RATE_SECONDS = 10.0  # the window of tokens per second
 
 
 class Lookout:
-    """Shows a fresh snapshot twice a second until cancelled."""
+    """Sees what the processes of a run say about themselves; while the queue is away, what it saw last."""
 
-    def __init__(self, config: RunConfig, queue_url: str, children: Callable[[], Sequence[Child]]) -> None:
+    def __init__(self, config: RunConfig, children: Callable[[], Sequence[Child]]) -> None:
         self._config = config
         self._children = children
-        self._queue = Queue(queue_url, config.queue.namespace)
-        self._metrics = MetricsTail(config.run.directory / "metrics.jsonl")
+        self._queue = run_queue(config)
+        self._progress: dict[str, Any] = {}
         self._queued: int | None = None
+        self._scored: deque[tuple[float, float]] = deque()
 
     async def run(self, view: View) -> None:
         """Look and show, until cancelled."""
-        try:
-            while True:
-                view.show(await self.look())
-                await asyncio.sleep(LOOK_SECONDS)
-        finally:
-            await self._queue.close()
+        while True:
+            view.show(await self.look())
+            await asyncio.sleep(LOOK_SECONDS)
+
+    async def close(self) -> None:
+        await self._queue.close()
+
+    async def says_finished(self) -> bool | None:
+        """Whether the trainer says that the run has reached its end; None while nobody can be asked."""
+        if not await self._ask():
+            return None
+        return self._progress.get("status") == "finished"
 
     async def look(self) -> Snapshot:
-        """One snapshot; what cannot be read now keeps its last value, or None."""
-        self._metrics.read()
-        self._queued = await self._queued_tokens()
-        step, evaluation = self._metrics.step, self._metrics.evaluation
+        """One snapshot."""
+        await self._ask()
+        progress = self._progress
         return Snapshot(
             run=self._config.run.name,
             steps=self._config.training.steps,
-            step=step.get("step"),
-            loss=step.get("loss"),
-            kl=step.get("kl"),
-            reward=step.get("reward_mean"),
-            staleness=step.get("staleness_mean"),
-            greedy=evaluation.get("greedy", {}).get("accuracy"),
-            sampled=evaluation.get("sampled", {}).get("accuracy"),
-            evaluated_version=evaluation.get("version"),
+            status=progress.get("status"),
+            step=progress.get("step"),
+            loss=progress.get("loss"),
+            kl=progress.get("kl"),
+            reward=progress.get("reward_mean"),
+            staleness=progress.get("staleness_mean"),
+            greedy=progress.get("accuracy_greedy"),
+            sampled=progress.get("accuracy_sampled"),
             queued_tokens=self._queued,
-            scored_per_second=step.get("scored_tokens_per_second"),
+            scored_per_second=self._rate(progress.get("tokens_scored")),
             children=tuple(view_of(child) for child in self._children()),
         )
 
-    async def _queued_tokens(self) -> int | None:
-        """Unscored tokens in front of all teachers; None while the queue is away."""
+    async def _ask(self) -> bool:
+        """Refresh what the queue knows; False when it did not answer in time."""
         try:
             async with asyncio.timeout(PATIENCE_SECONDS):
+                self._progress = await self._queue.read_progress(self._config.run.name)
                 stats = [await self._queue.teacher_stats(name) for name in self._config.teachers]
         except (TimeoutError, redis.RedisError):
+            self._queued = None
+            return False
+        self._queued = sum(stat.queued_tokens for stat in stats)
+        return True
+
+    def _rate(self, total: float | None) -> float | None:
+        """Tokens per second over the last few looks."""
+        if total is None:
             return None
-        return sum(stat.queued_tokens for stat in stats)
+        now = time.monotonic()
+        self._scored.append((now, total))
+        while now - self._scored[0][0] > RATE_SECONDS:
+            self._scored.popleft()
+        seconds = now - self._scored[0][0]
+        return max(0.0, total - self._scored[0][1]) / seconds if seconds > 0 else None
 
 
 def view_of(child: Child) -> ChildView:

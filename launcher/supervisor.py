@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -64,14 +64,19 @@ class Supervisor:
                 "stopping: sampler, trainer (saves a checkpoint), teachers. Again to stop at once."
             )
 
-    async def run(self) -> Ending:
-        """Start every child and watch until the trainer is done, a stop is asked for, or all hope is gone."""
+    async def run(self, says_finished: Callable[[], Awaitable[bool | None]]) -> Ending:
+        """Start every child and watch until the run is over, a stop is asked for, or all hope is gone.
+
+        Args:
+            says_finished: asked when the trainer has exited with status 0, which it also does when
+                somebody else stopped it; None means that the answer is not known yet.
+        """
         self._queue_started = time.monotonic()
         self.children = [Child(spec, self.log_directory / f"{spec.name}.log") for spec in self.specs]
         try:
             for child in self.children:
                 child.start()
-            ending = await self._watch()
+            ending = await self._watch(says_finished)
             await self._stop_children()
         finally:
             for child in self.children:
@@ -80,35 +85,36 @@ class Supervisor:
                 self.queue.stop()
         return ending
 
-    async def _watch(self) -> Ending:
+    async def _watch(self, says_finished: Callable[[], Awaitable[bool | None]]) -> Ending:
         while not self._stopping:
             if not self._queue_is_up():
                 return "failed"
             for child in self.children:
-                ending = self._look_at(child)
-                if ending is not None:
+                code = self._look_at(child)
+                if code == 0 and child.spec.role == "trainer":
+                    finished = await says_finished()
+                    if finished:
+                        return "finished"
+                    if finished is None:
+                        continue
+                if code is not None and (ending := self._after_death(child, code)) is not None:
                     return ending
             await asyncio.sleep(POLL_SECONDS)
         self.reason = "stopped on request"
         return "stopped"
 
-    def _look_at(self, child: Child) -> Ending | None:
-        """React to what became of a child since the last look."""
-        now = time.monotonic()
+    def _look_at(self, child: Child) -> int | None:
+        """The exit status of a child that has died; starts one whose time for a restart has come."""
         if child.restart_at is not None:
-            if now >= child.restart_at:
+            if time.monotonic() >= child.restart_at:
                 child.start()
             return None
         assert child.process is not None
-        code = child.process.poll()
-        if code is None:
-            return None
-        child.exit_code = code
-        if code == 0 and child.spec.role == "trainer":
-            return "finished"
-        return self._after_death(child, code, now)
+        child.exit_code = child.process.poll()
+        return child.exit_code
 
-    def _after_death(self, child: Child, code: int, now: float) -> Ending | None:
+    def _after_death(self, child: Child, code: int) -> Ending | None:
+        now = time.monotonic()
         name, how = child.spec.name, describe_exit(code)
         if code == EXIT_BAD_INPUT:
             self.reason = f"{name} refused its input ({how}); see {child.log_path}"

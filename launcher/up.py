@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import fcntl
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 from tutelage_client.errors import TutelageError
 
 from launcher.children import ChildSpec, RestartPolicy
+from launcher.logs import only_warnings
 from launcher.progress import make_view
 from launcher.snapshots import Lookout
 from launcher.supervisor import Ending, Supervisor, install_signals
@@ -36,6 +38,7 @@ def run_up(run_file: Path, policy: RestartPolicy | None = None) -> int:
     """
     from student_trainer.config import load_run_config
 
+    only_warnings(logging.ERROR)  # the supervisor says itself when the queue is away
     config = load_run_config(run_file)
     config.run.directory.mkdir(parents=True, exist_ok=True)
     with _only_one(config.run.directory), make_view() as view:
@@ -50,21 +53,22 @@ def run_up(run_file: Path, policy: RestartPolicy | None = None) -> int:
         supervisor = Supervisor(
             specs, config.run.directory / "logs", view, server, policy=policy or RestartPolicy()
         )
-        ending = asyncio.run(_supervise(supervisor, config, url, view))
+        lookout = Lookout(config, lambda: supervisor.children)
+        ending = asyncio.run(_supervise(supervisor, lookout, view))
         _conclude(config, run_file, ending, supervisor.reason, view)
     return EXIT_CODES[ending]
 
 
-async def _supervise(supervisor: Supervisor, config: RunConfig, url: str, view: View) -> Ending:
+async def _supervise(supervisor: Supervisor, lookout: Lookout, view: View) -> Ending:
     install_signals(supervisor.request_stop)
-    lookout = Lookout(config, url, lambda: supervisor.children)
     watching = asyncio.create_task(lookout.run(view))
     try:
-        return await supervisor.run()
+        return await supervisor.run(lookout.says_finished)
     finally:
         watching.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await watching
+        await lookout.close()
 
 
 def _conclude(config: RunConfig, run_file: Path, ending: Ending, reason: str, view: View) -> None:
