@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
@@ -71,11 +71,31 @@ def step_record(
         "tokens_scored": ledger.tokens_scored,
         "refused_steps": ledger.refused_steps,
     }
+    score_seconds = sum(group.score_seconds for group in groups)
+    if score_seconds > 0.0:
+        record["scored_tokens_per_second"] = sum(group.num_scores for group in groups) / score_seconds
     if rewards:
         record["reward_mean"] = fmean(rewards)
     record |= {f"seconds_{name}": value for name, value in seconds.items()}
     record |= {f"groups_dropped_{reason}": count for reason, count in sorted(ledger.drop_counts.items())}
     return record
+
+
+class SamplingRates:
+    """Samplers publish running totals in the run's progress; this turns them into a rate."""
+
+    def __init__(self) -> None:
+        self._last: tuple[float, float] | None = None
+
+    def rates(self, progress: Mapping[str, Any]) -> dict[str, float]:
+        """Tokens per second of sampling time since the last call; empty when nothing was sampled."""
+        totals = [value for name, value in progress.items() if name.startswith("sampler:")]
+        tokens = float(sum(total["tokens"] for total in totals))
+        seconds = float(sum(total["sample_seconds"] for total in totals))
+        last, self._last = self._last, (tokens, seconds)
+        if last is None or tokens <= last[0] or seconds <= last[1]:
+            return {}
+        return {"sampled_tokens_per_second": (tokens - last[0]) / (seconds - last[1])}
 
 
 def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:

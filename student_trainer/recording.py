@@ -70,7 +70,7 @@ class Recorder:
         log.info(
             "step",
             step=f"{ledger.step}/{self._training.steps}",
-            **{name: float(f"{value:.4g}") for name, value in shown.items()},
+            **{name: _brief(value) for name, value in shown.items()},
         )
         await self._show({**shown, **self._place(ledger), "status": "training"})
 
@@ -108,3 +108,7 @@ class Recorder:
     async def _show(self, figures: dict[str, Any]) -> None:
         self._status.update(figures)
         await self._queue.publish_progress(self._run, figures)
+
+
+def _brief(value: float) -> float | int:
+    return int(value) if float(value).is_integer() else float(f"{value:.4g}")

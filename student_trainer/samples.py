@@ -96,8 +96,9 @@ def _alternatives(rollout: TrainingRollout, score: SequenceScore, tokenizer: Any
 
 
 def _text(tokenizer: Any, token: int) -> str:
-    text: str = str(token) if tokenizer is None else tokenizer.decode([token])
-    return text
+    """The token's own text; <id> for one that has none (a padded row of the vocabulary)."""
+    text: str = "" if tokenizer is None else tokenizer.decode([token])
+    return text or f"<{token}>"
 
 
 def _numbers(values: npt.NDArray[Any]) -> list[float | None]:

@@ -9,6 +9,7 @@ from contextlib import closing
 
 import structlog
 import torch
+from transformers.utils.logging import disable_progress_bar
 from tutelage_client.errors import TutelageError
 
 from services.queue import Queue
@@ -134,6 +135,7 @@ async def _check_queue(config: RunConfig, queue: Queue, run_id: str) -> None:
 
 
 def _configure_torch(config: RunConfig) -> None:
+    disable_progress_bar()  # one for every published policy
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     torch.use_deterministic_algorithms(config.run.deterministic)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from student_trainer.durable import atomic_directory
 from student_trainer.evaluations import Evaluations
 from student_trainer.learner import Learner, StepResult
 from student_trainer.ledger import Ledger
-from student_trainer.metrics import step_record
+from student_trainer.metrics import SamplingRates, step_record
 from student_trainer.pacing import Pacer
 from student_trainer.policy_store import PolicyStore
 from student_trainer.recording import Recorder
@@ -59,6 +60,7 @@ class Trainer:
         self._saved_step = parts.ledger.step
         self._refused_in_a_row = 0
         self._alignment_checked = False
+        self._sampling = SamplingRates()
 
     async def run(self) -> bool:
         """Train to the last step; False when asked to stop before (a checkpoint is saved then)."""
@@ -79,8 +81,10 @@ class Trainer:
                 "save": time.perf_counter() - trained,
             }
             self._ledger.seconds += sum(seconds.values())
-            await parts.recorder.step(step_record(groups, result, self._ledger, seconds), self._ledger)
-            await self._log_evaluations()
+            progress = await parts.queue.read_progress(parts.config.run.name)
+            record = step_record(groups, result, self._ledger, seconds) | self._sampling.rates(progress)
+            await parts.recorder.step(record, self._ledger)
+            await self._log_evaluations(progress)
         while self._ledger.pending_evaluations:
             if parts.stop.is_set():
                 return await self._stopped()
@@ -146,7 +150,7 @@ class Trainer:
             raise TutelageError(
                 "FAILED_PRECONDITION",
                 f"{self._refused_in_a_row} steps in a row were refused, the last one because "
-                f"{result.refused}; lower [training] learning_rate or look at the rewards and scores in metrics.jsonl",
+                f"{result.refused}; lower [training] learning_rate, or look for the cause in metrics.jsonl",
             )
 
     async def _save_and_publish(self) -> None:
@@ -179,8 +183,7 @@ class Trainer:
             return min(self._parts.checkpoints.steps()) - staleness
         return self._ledger.step - staleness - 1
 
-    async def _log_evaluations(self) -> None:
-        progress = await self._parts.queue.read_progress(self._parts.config.run.name)
+    async def _log_evaluations(self, progress: Mapping[str, Any]) -> None:
         for evaluation in self._parts.evaluations.collect(progress):
             await self._parts.recorder.evaluation(evaluation)
 
@@ -188,7 +191,7 @@ class Trainer:
         """Wait a moment for the answers still open after the last step."""
         parts = self._parts
         open_before = len(self._ledger.pending_evaluations)
-        await self._log_evaluations()
+        await self._log_evaluations(await parts.queue.read_progress(parts.config.run.name))
         if len(self._ledger.pending_evaluations) < open_before:
             parts.watch.news()
             return

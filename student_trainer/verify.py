@@ -67,6 +67,7 @@ class TrainingGroup:
     rollouts: tuple[TrainingRollout, ...]
     places: tuple[int, ...]
     rewards: tuple[float | None, ...]
+    score_seconds: float = 0.0  # what the engines spent on it
 
     @property
     def num_tokens(self) -> int:
@@ -127,6 +128,7 @@ def verify_group(
         ),
         places=places,
         rewards=tuple(rollout.reward for rollout in rollouts),
+        score_seconds=sum(response.usage.compute_ms for response in scored.scores.values()) / 1e3,
     )
 
 
