@@ -6,11 +6,12 @@ import json
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 from tutelage.v1.rollout_pb2 import Group, SampleOrder, ViewRequest
-from tutelage_client.errors import invalid
+from tutelage_client.errors import TutelageError, invalid
 
-from services.queue.connection import Persistence, check_server, connect
+from services.queue.connection import AWAY, Persistence, check_server, connect
 from services.queue.keys import Keys, StreamKeys
 from services.queue.presence import Presence
 from services.queue.reader import ScoredReader
@@ -62,8 +63,18 @@ class Queue:
         self._persist = Persistence()
 
     async def open(self, patience: float | None = 30.0) -> None:
-        """Wait up to `patience` seconds for the server and refuse one that cannot keep the promises."""
-        await self._persist(lambda: check_server(self._client), "connecting", patience)
+        """Wait for the server and refuse one that cannot keep the promises.
+
+        Raises:
+            TutelageError: UNAVAILABLE when it did not answer within `patience` seconds (None: wait for
+                ever), FAILED_PRECONDITION when its version or configuration will not do.
+        """
+        try:
+            await self._persist(lambda: check_server(self._client), "connecting", patience)
+        except AWAY as error:
+            address = urlsplit(self.url)
+            where = f"{address.scheme}://{address.netloc.rpartition('@')[2]}{address.path}"
+            raise TutelageError("UNAVAILABLE", f"queue server {where}: {error}") from error
 
     async def close(self) -> None:
         """Close the connections; workers and readers of this handle must have ended."""

@@ -14,7 +14,7 @@ from services.queue.connection import AWAY, MAX_BLOCK_SECONDS, Persistence, back
 from services.queue.keys import Keys
 from services.queue.records import ScoredGroup
 from services.queue.scripts import Scripts
-from services.queue.streams import Entry, Fields, ensure_group, read_group
+from services.queue.streams import Entry, Fields, read_group
 
 CONSUMER = "trainer"
 ACKNOWLEDGE_CHUNK = 256
@@ -69,12 +69,13 @@ class ScoredReader:
             arguments: list[str | int | bytes] = [self._keys.namespace, self._stream.group]
             for scored in chunk:
                 arguments += [scored.entry, scored.group.id]
-            await self._persist(lambda args=arguments: self._acknowledge(args), "acknowledging")  # type: ignore[misc]
+            await self._acknowledge(arguments)
             self._handed_out.difference_update(scored.entry for scored in chunk)
 
     async def _acknowledge(self, arguments: list[str | int | bytes]) -> None:
-        await ensure_group(self._client, self._stream)
-        await self._scripts.run("acknowledge", self._stream.as_list(), arguments)
+        await self._persist(
+            lambda: self._scripts.run("acknowledge", self._stream.as_list(), arguments), "acknowledging"
+        )
 
     async def _read_once(self, max_items: int, end: float) -> list[ScoredGroup]:
         max_items = min(max_items, READ_CHUNK)

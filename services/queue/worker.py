@@ -12,6 +12,7 @@ from typing import Any, Generic, Self, TypeVar, cast
 import redis
 import redis.asyncio
 import structlog
+from google.protobuf.message import DecodeError
 from tutelage.v1.rollout_pb2 import Group, SampleOrder, ViewRequest
 from tutelage_client.errors import TutelageError
 
@@ -103,14 +104,9 @@ class Worker(Generic[C]):
                     if claims := await self._claim_once(max_items, end):
                         return claims
                     attempt = 0
-                except asyncio.CancelledError:
-                    self._reply_lost = True
-                    raise
                 except AWAY as error:
                     if not is_away(error):
                         raise
-                    # Entries may have been delivered in the reply that was lost.
-                    self._reply_lost = True
                     self._persist.outage.failed("claiming", error)
                     await asyncio.sleep(min(backoff(attempt), max(0.0, end - time.monotonic())))
                     attempt += 1
@@ -149,46 +145,63 @@ class Worker(Generic[C]):
         return result
 
     async def _claim_once(self, max_items: int, end: float) -> list[C]:
-        now = time.monotonic()
         found: list[Delivery] = []
+        try:
+            await self._find(max_items, end, found)
+            claims = [claim for delivery in found if (claim := await self._read_claim(delivery))]
+            return await self._drop_expired(claims)
+        except BaseException:
+            # Entries may be ours without anyone knowing: delivered in a lost reply, or found above.
+            self._reply_lost = True
+            for entry, _, _ in found:
+                self._drop(entry)
+            raise
+
+    async def _read_claim(self, delivery: Delivery) -> C | None:
+        try:
+            return self._parse(*delivery)
+        except (KeyError, ValueError, DecodeError) as error:
+            # Not written by this queue. It must not stop the work behind it.
+            await self._run(
+                "bury", delivery[0], self.consumer, f"INVALID_ARGUMENT: malformed entry: {error!r}"
+            )
+            self._drop(delivery[0])
+            return None
+
+    async def _find(self, max_items: int, end: float, found: list[Delivery]) -> None:
+        now = time.monotonic()
         if self._reply_lost or (now >= self._next_scan and self._heart.in_contact >= self._settings.lease):
-            found = await self._reclaim(max_items)
+            await self._reclaim(max_items, found)
         if now >= self._next_tidy:
             await self._tidy()
         if len(found) < max_items:
             wait = 0.0 if found else min(end - now, self._settings.scan, MAX_BLOCK_SECONDS)
-            found += await self._read_new(max_items - len(found), wait)
-        claims = [self._parse(*row) for row in found]
-        return await self._drop_expired(claims)
+            await self._read_new(max_items - len(found), wait, found)
 
-    async def _reclaim(self, max_items: int) -> list[Delivery]:
+    async def _reclaim(self, max_items: int, found: list[Delivery]) -> None:
         with self._lock:
             held = list(self._held)
         settings = self._settings
-        recover = int(self._reply_lost)
         # Before contact has lasted a lease's time only what is certainly ours may be taken.
-        lease_ms = settings.lease_ms if self._heart.in_contact >= settings.lease else 10**12
+        ran_out = int(self._heart.in_contact >= settings.lease)
         rows = await self._run(
-            "reclaim", self.consumer, lease_ms, max_items, settings.max_deliveries, recover, *held
-        )
+            "reclaim", self.consumer, settings.lease_ms, max_items, settings.max_deliveries,
+            ran_out, int(self._reply_lost), *held,
+        )  # fmt: skip
+        for entry, deliveries, flat in rows:
+            self._hold(entry.decode())
+            found.append((entry.decode(), int(deliveries), dict(zip(flat[::2], flat[1::2], strict=True))))
         if len(rows) < max_items:
             self._reply_lost = False
             self._next_scan = time.monotonic() + settings.scan
-        found = []
-        for entry, deliveries, flat in rows:
-            found.append((entry.decode(), int(deliveries), dict(zip(flat[::2], flat[1::2], strict=True))))
-            self._hold(entry.decode())
-        return found
 
-    async def _read_new(self, max_items: int, wait: float) -> list[Delivery]:
+    async def _read_new(self, max_items: int, wait: float, found: list[Delivery]) -> None:
         entries = await read_group(self._client, self._stream, self.consumer, count=max_items, wait=wait)
         self._persist.outage.worked()
-        found: list[Delivery] = []
         for entry, fields in entries:
             if fields is not None:
                 self._hold(entry)
                 found.append((entry, 1, fields))
-        return found
 
     async def _drop_expired(self, claims: list[C]) -> list[C]:
         return claims

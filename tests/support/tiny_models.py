@@ -103,10 +103,15 @@ def tiny_config(architecture: str) -> Any:
     return (PACKABLE | NOT_PACKABLE)[architecture]()
 
 
-def tiny_model(architecture: str = "qwen3", seed: int = 0) -> Any:
-    """A random float32 model in eval mode, with eager attention: the plain reference."""
+def tiny_model(architecture: str = "qwen3", seed: int = 0, spread: float = 0.3) -> Any:
+    """A random float32 model in eval mode, with eager attention: the plain reference.
+
+    `spread` is the standard deviation of the weights; 0.3 makes logits differ by several nats.
+    """
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(tiny_config(architecture))
+    config = tiny_config(architecture)
+    config.initializer_range = spread
+    model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():  # biases start at zero and would hide a forgotten one
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or name.endswith("sinks"):

@@ -32,8 +32,8 @@ end
 local function retire(id)
   if redis.call('XACK', STREAM, GROUP, id) == 0 then return false end
   local flat = read_entry(id)
-  local tokens = flat and to_table(flat).tokens or '0'
-  if tokens ~= '0' then redis.call('HINCRBY', LOAD, 'queued_tokens', '-' .. tokens) end
+  local tokens = tonumber(flat and to_table(flat).tokens) or 0
+  if tokens > 0 then redis.call('HINCRBY', LOAD, 'queued_tokens', -tokens) end
   return true
 end
 
@@ -53,17 +53,17 @@ local function bury(id, deliveries, error, counter)
   if not retire(id) then return end
   redis.call('HINCRBY', LOAD, counter, 1)
   local entry = to_table(flat)
-  redis.call('XADD', DEAD, 'MAXLEN', '~', MAX_DEAD_LETTERS, '*', 'entry', id, 'run', entry.run,
+  redis.call('XADD', DEAD, 'MAXLEN', '~', MAX_DEAD_LETTERS, '*', 'entry', id, 'run', entry.run or '',
     'group', entry.group or '', 'view', entry.view or '', 'order', entry.id or '',
     'deliveries', deliveries, 'error', error)
-  if entry.view then
+  if entry.view and entry.group and entry.run then
     local group = NAMESPACE .. ':group:' .. entry.group
     if redis.call('HGET', group, 'status') == 'queued'
         and redis.call('HEXISTS', group, 'scores:' .. entry.view) == 0 then
       redis.call('HSET', group, 'error:' .. entry.view, error, 'status', 'failed')
       push_scored(entry.run, entry.group, 'failed')
     end
-  else
+  elseif entry.id and entry.run then
     redis.call('HSET', NAMESPACE .. ':placed:' .. entry.run, entry.id, 'dead')
   end
 end
@@ -77,6 +77,7 @@ local EXPIRED_ERROR = 'DEADLINE_EXCEEDED: the deadline passed while the job was 
 -- Delete entries that every consumer group has read and acknowledged.
 -- By MINID only: MAXLEN would delete pending entries, XDEL would make `lag` unknowable.
 local function trim(stream)
+  if redis.call('EXISTS', stream) == 0 then return 0 end
   local lowest
   for _, flat in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
     local info = to_table(flat)
