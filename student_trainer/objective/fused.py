@@ -105,6 +105,7 @@ class DenseGradient:
     psi: Tensor  # [R, V]
     total: Tensor  # f64 [R], Σ_V ψ
     scale: Tensor  # f64 [R], factor of each row
+    bad: Tensor  # bool [R], rows that the teacher spoiled
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ class ChunkedLoss:
         value, total, bad = self._dense(logits, normaliser, other)
         loss, sparse, scale = self._row_losses(part, logits, normaliser, value, bad)
         assert scale is not None
-        self._write_gradient(part, logits, normaliser, sparse, DenseGradient(other, total, scale))
+        self._write_gradient(part, logits, normaliser, sparse, DenseGradient(other, total, scale, bad))
         return loss
 
     def _dense(self, logits: Tensor, normaliser: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -230,7 +231,7 @@ class ChunkedLoss:
                 gradient.addcmul_(whole.psi[:, columns], whole.scale.to(dtype)[:, None])
             torch.mul(gradient, factor, out=tile)
         logits.scatter_add_(1, ids, (sparse * chain).to(dtype))
-        self.rows.record_entropy(entropy)
+        self.rows.record_entropy(entropy, None if whole is None else whole.bad)
 
     def _normaliser(self, logits: Tensor) -> Tensor:
         """log Σ exp over the vocabulary, f64 [R]."""

@@ -46,7 +46,7 @@ def objective_loss(
         ValueError: batch, plan and tensors do not fit together; says which field.
         NonFiniteStudentError: the student has diverged. A loss that is not finite is never returned.
     """
-    _check_shapes(hidden, head_weight, batch)
+    _check_shapes(hidden, head_weight, batch, chunk_rows)
     _check_teacher(plan, hidden, head_weight, teacher_hidden, teacher_head)
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     rows = select_rows(batch, plan, len(head_weight))
@@ -64,7 +64,9 @@ def objective_loss(
     return LossOutput(loss=loss, metrics=_metrics(rows), per_token=_per_token(rows, len(hidden)))
 
 
-def _check_shapes(hidden: Tensor, head_weight: Tensor, batch: TokenBatch) -> None:
+def _check_shapes(hidden: Tensor, head_weight: Tensor, batch: TokenBatch, chunk_rows: int) -> None:
+    if chunk_rows < 1:
+        raise ValueError(f"chunk_rows: got {chunk_rows}, allowed: at least 1")
     if hidden.dim() != 2 or len(hidden) != len(batch.sampled_ids) or hidden.shape[1] != head_weight.shape[1]:
         raise ValueError(
             f"hidden: got shape {tuple(hidden.shape)}, allowed: "

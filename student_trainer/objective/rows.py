@@ -81,30 +81,33 @@ class Rows:
         if self.distill_scale is None:
             return (weight * loss).sum(), None
         scale = self.distill_scale[part]
+        distilled = alive & (scale != 0)
+        self._count("distilled", distilled)
         if isinstance(self.plan.correction, ImportanceCorrection) and self.behaviour is not None:
             ratio, kept = importance_weight(self.plan.correction, sampled, self.behaviour[part])
             self._record("ratio", ratio, alive)
             self._record("ratio_clipped", (kept < ratio).to(ratio.dtype), alive)
+            # Like SDPO's weight: detached, so that it scales the divergence and is not itself trained.
             scale = scale * kept
         if dense_value is not None:
-            self._record("divergence", dense_value, alive)
+            self._record("divergence", dense_value, distilled)
             return (weight * (loss + scale * dense_value)).sum(), weight * scale
-        value = self._truncated(part, logprobs[:, 1:])
-        self._record("divergence", value.detach(), alive)
+        value = self._truncated(part, logprobs[:, 1:], distilled)
+        self._record("divergence", value.detach(), distilled)
         return (weight * (loss + scale * value)).sum(), None
 
-    def record_entropy(self, entropy: Tensor) -> None:
+    def record_entropy(self, entropy: Tensor, dense_bad: Tensor | None) -> None:
         """Note the student's entropy of a chunk's rows, f64 [R]."""
-        self._record("entropy", entropy, torch.ones_like(entropy, dtype=torch.bool))
+        alive = torch.ones_like(entropy, dtype=torch.bool) if dense_bad is None else ~dense_bad
+        self._record("entropy", entropy, alive)
 
-    def _truncated(self, part: slice, student: Tensor) -> Tensor:
+    def _truncated(self, part: slice, student: Tensor, distilled: Tensor) -> Tensor:
         plan = self.plan
         assert self.teacher is not None
         assert self.present is not None
         teacher, present = self.teacher[part], self.present[part]
         for name, logprobs in (("student_mass", student.detach()), ("teacher_mass", teacher)):
-            mass = torch.where(present, logprobs.exp(), 0).sum(dim=1)
-            self._record(name, mass, torch.ones_like(mass, dtype=torch.bool))
+            self._record(name, torch.where(present, logprobs.exp(), 0).sum(dim=1), distilled)
         return truncated(plan.divergence, plan.beta, student, teacher, present, tail=plan.tail)
 
     def _policy_gradient(self, part: slice, sampled: Tensor, alive: Tensor) -> Tensor:

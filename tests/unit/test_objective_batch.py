@@ -315,6 +315,17 @@ def test_reward_only_control_trains_without_any_view() -> None:
     assert metrics["ratio_clipped"] == 0
 
 
+def test_divergence_metrics_cover_distilled_positions_only() -> None:
+    batch = make_batch()
+    assert batch.reward_advantage is not None
+    routed = gradient(batch, make_plan(**{**PATHWISE, "mix": "route"}))[1]
+    unrewarded = replace(batch, mask=batch.reward_advantage == 0)
+    alone = gradient(unrewarded, make_plan(**PATHWISE))[1]
+    assert (routed["positions"], routed["distilled"], alone["distilled"]) == (T, 2, 2)
+    for name in ("divergence", "student_mass", "teacher_mass"):
+        assert routed[name] == pytest.approx(alone[name])
+
+
 def test_horizon_does_not_reach_into_the_next_sequence() -> None:
     batch = make_batch()
     view = batch.views["teacher"]
