@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from launcher.quickstart_recipes import ModelRecipe
 from student_trainer.tasks.addition import CHARACTERS, Addition, operands, solution
 from student_trainer.tasks.characters import MODEL_ROWS, character_tokenizer
 
@@ -19,37 +18,15 @@ PROMPT_TOKENS = 8  # `347+585=`
 IGNORED = -100  # label of positions that are not learned
 
 
-@dataclass(frozen=True, slots=True)
-class ModelRecipe:
-    """Shape and training of one model; sizes and settings are in docs of the quickstart."""
+def train(recipe: ModelRecipe, seed: int, report: Callable[[int, float], None]) -> Any:
+    """A transformers model trained on one thread in float32; a function of recipe and seed.
 
-    layers: int
-    hidden: int
-    heads: int
-    feed_forward: int
-    steps: int
-    sloppy_examples: int = 0  # 0: fresh correct examples; else so many, carries forgotten
-    carry_forgotten: float = 0.0  # probability, per carry
-    batch: int = 64
-    learning_rate: float = 2e-3
-    warmup_steps: int = 50
-
-
-TEACHER = ModelRecipe(layers=3, hidden=128, heads=4, feed_forward=384, steps=600)
-STUDENT = ModelRecipe(
-    layers=2, hidden=96, heads=3, feed_forward=288, steps=600, sloppy_examples=4000, carry_forgotten=0.8
-)
-
-
-def train(recipe: ModelRecipe, seed: int, directory: Path, report: Callable[[int, float], None]) -> None:
-    """Train on one thread in float32 and write model and tokenizer to `directory`.
-
-    `report(step, loss)` is called after every step. The result is a function of recipe and seed.
+    `report(step, loss)` is called after every step.
     """
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     model = _model(recipe)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, recipe))
     batches = _Batches(recipe, seed)
     for step in range(recipe.steps):
@@ -65,8 +42,7 @@ def train(recipe: ModelRecipe, seed: int, directory: Path, report: Callable[[int
         optimizer.step()
         schedule.step()
         report(step + 1, float(loss.detach()))
-    model.save_pretrained(directory)
-    character_tokenizer(CHARACTERS).save_pretrained(directory)
+    return model.eval()
 
 
 def _model(recipe: ModelRecipe) -> Any:

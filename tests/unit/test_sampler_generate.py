@@ -193,6 +193,16 @@ def test_a_token_of_zero_probability_is_never_chosen() -> None:
     torch.testing.assert_close(choice.logprobs, torch.full((3,), -np.log(2.0), dtype=torch.float32))
 
 
+def test_tokens_far_below_float32_resolution_keep_their_share() -> None:
+    """After a token of weight 1, slices of 1e-9 vanish in a float32 running sum."""
+    logits = torch.full((1, 1000), float(np.log(1e-9)))
+    logits[0, 0] = 0.0
+    for token in (1, 500, 999):
+        draw = (1.0 + 1e-9 * (token - 0.5)) / (1.0 + 1e-9 * 999)
+        choice = choose(logits, torch.tensor([draw], dtype=torch.float64), temperature=1.0)
+        assert choice.ids.tolist() == [token]
+
+
 def test_large_vocabularies_in_blocks_give_the_same_choice() -> None:
     torch.manual_seed(0)
     logits, draws = torch.randn(70, 150_000) * 3, torch.rand(70, dtype=torch.float64)
