@@ -67,11 +67,11 @@ def score_logits(
 ) -> dict[str, Tensor]:
     """Signals of one chunk of float32 logits [n, V], which are overwritten.
 
-    With z = logits / temperature − max: log-probability z − log Σ eᶻ, entropy log Σ eᶻ − Σ eᶻ z / Σ eᶻ.
+    With z = (logits − max) / temperature: log-probability z − log Σ eᶻ, entropy log Σ eᶻ − Σ eᶻ z / Σ eᶻ.
     """
-    if signal.temperature != 1.0:
-        logits.div_(signal.temperature)
     centred = logits.sub_(logits.amax(dim=-1, keepdim=True))
+    if signal.temperature != 1.0:  # after centring: large logits would lose their last digits
+        centred.div_(signal.temperature)
     weights = centred.exp()
     total = weights.sum(dim=-1)
     log_total = total.log()
