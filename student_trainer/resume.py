@@ -33,7 +33,8 @@ def restore(config: RunConfig, checkpoints: CheckpointStore, learner: Learner) -
                 f"none of the {len(damaged)} checkpoints in {checkpoints.directory} is whole "
                 f"({damaged[0].path.name}: {damaged[0].reason}); restore one, or start in another directory"
             )
-        ledger = Ledger(settings=fixed_settings(config))
+        first_evaluation = [0] if config.training.evaluate_every else []
+        ledger = Ledger(settings=fixed_settings(config), pending_evaluations=first_evaluation)
         checkpoints.save(learner.state_tensors(), ledger)
         return ledger
     _check_same_run(config, checkpoint.ledger, checkpoints)

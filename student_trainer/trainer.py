@@ -50,6 +50,18 @@ class Parts:
     stop: asyncio.Event
 
 
+class Clock:
+    """Seconds between laps."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last lap, or since the clock was made."""
+        last, self._last = self._last, time.perf_counter()
+        return self._last - last
+
+
 class Trainer:
     """One run, from where its ledger stands to its end or to a request to stop."""
 
@@ -61,30 +73,21 @@ class Trainer:
         self._refused_in_a_row = 0
         self._alignment_checked = False
         self._sampling = SamplingRates()
+        self._clock = Clock()
 
     async def run(self) -> bool:
         """Train to the last step; False when asked to stop before (a checkpoint is saved then)."""
         parts = self._parts
         await self._begin()
+        self._clock.lap()
         while self._ledger.step < self._settings.steps:
-            started = time.perf_counter()
             groups = await self._collect()
             if groups is None:
                 return await self._stopped()
-            collected = time.perf_counter()
+            collected = self._clock.lap()
             result = self._step(groups)
-            trained = time.perf_counter()
+            await self._record(groups, result, collected, self._clock.lap())
             await self._save_and_publish()
-            seconds = {
-                "wait": collected - started,
-                "train": trained - collected,
-                "save": time.perf_counter() - trained,
-            }
-            self._ledger.seconds += sum(seconds.values())
-            progress = await parts.queue.read_progress(parts.config.run.name)
-            record = step_record(groups, result, self._ledger, seconds) | self._sampling.rates(progress)
-            await parts.recorder.step(record, self._ledger)
-            await self._log_evaluations(progress)
         while self._ledger.pending_evaluations:
             if parts.stop.is_set():
                 return await self._stopped()
@@ -99,8 +102,6 @@ class Trainer:
         if parts.policies.get(version) is None:
             parts.policies.publish(version, parts.learner.student.export)
         await parts.recorder.status("training", self._ledger)
-        if version == 0:
-            parts.evaluations.note(version)
         await parts.evaluations.order(resuming=True)
         await parts.pacer.place_ahead(version)
         await parts.pacer.place_missing_replacements(version)
@@ -138,6 +139,19 @@ class Trainer:
         if sampled:
             parts.recorder.samples(ledger.step, result)
         return result
+
+    async def _record(
+        self, groups: list[TrainingGroup], result: StepResult, collected: float, trained: float
+    ) -> None:
+        """Log the step. Before its checkpoint: a run resumed from there must not lack the line."""
+        parts = self._parts
+        # Saving and publishing the step before this one is part of the wait.
+        seconds = {"wait": collected, "train": trained}
+        self._ledger.seconds += collected + trained
+        progress = await parts.queue.read_progress(parts.config.run.name)
+        record = step_record(groups, result, self._ledger, seconds) | self._sampling.rates(progress)
+        await parts.recorder.step(record, self._ledger)
+        await self._log_evaluations(progress)
 
     def _count_refusal(self, result: StepResult) -> None:
         if result.refused is None:
