@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from collections.abc import Callable
@@ -27,6 +28,7 @@ class Admission:
         self._done_tokens = 0.0
         self._busy_seconds = 0.0
         self._mark = 0.0
+        self._freed = asyncio.Event()
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -45,9 +47,17 @@ class Admission:
             self._mark = self._clock()
         self.queued_tokens += tokens
 
+    async def enter_when_free(self, tokens: int) -> None:
+        """Accept `tokens` as soon as there is room: for callers that can be slowed down."""
+        while self.queued_tokens and self.queued_tokens + tokens > self.max_queued_tokens:
+            self._freed.clear()
+            await self._freed.wait()
+        self.enter_unchecked(tokens)
+
     def leave(self, tokens: int, *, answered: bool) -> None:
         """Take `tokens` out again; only answered ones say how fast the engine is."""
         self.queued_tokens -= tokens
+        self._freed.set()
         if not answered:
             return
         now = self._clock()

@@ -8,8 +8,8 @@ guard, answer. What a caller can fix never reaches the engine.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from typing import Literal
 
@@ -33,6 +33,7 @@ from services.api.validate import check_pins, check_request, check_sequences
 from services.teacher.engine import Scorer
 
 State = Literal["loading", "ready", "draining"]
+Transport = Literal["grpc", "stream", "http", "queue"]
 
 _log = structlog.get_logger(__name__)
 
@@ -94,15 +95,16 @@ class ScoringCore:
         self,
         request: ScoreRequest,
         *,
-        transport: str,
+        transport: Transport,
         remaining_seconds: float | None = None,
         malformed: Mapping[int, SequenceError] | None = None,
     ) -> Score:
         """Answer one request.
 
         Args:
-            transport: "grpc", "stream", "http" or "queue", for the metrics. Queue jobs were bounded
-                when they were enqueued: they are counted, never refused, and finish during a drain.
+            transport: when the service is full, "grpc" and "http" are refused and a "stream" waits.
+                Jobs of the "queue" were bounded when they were enqueued: they are counted, never
+                refused, and finish during a drain.
             remaining_seconds: until the caller's deadline; None when it has none.
             malformed: sequences that could not even be decoded, by index.
 
@@ -117,15 +119,14 @@ class ScoringCore:
                 raise TutelageError("UNAVAILABLE", f"teacher: the service is {text}", retry_after=1.0)
             check_request(request, self.identity, self.limits)
             problems = {**check_sequences(request, self.identity, self.limits), **(malformed or {})}
-            return await self._score_checked(request, problems, deadline, bounded=transport == "queue")
+            return await self._score_checked(request, problems, deadline, transport)
 
     async def _score_checked(
         self,
         request: ScoreRequest,
         problems: Mapping[int, SequenceError],
         deadline: float | None,
-        *,
-        bounded: bool,
+        transport: Transport,
     ) -> Score:
         for problem in problems.values():
             self.metrics.sequence_errors.labels(problem.code).inc()
@@ -133,7 +134,7 @@ class ScoringCore:
             failed = [SequenceScore(s.id, problems[i]) for i, s in enumerate(request.sequences)]
             return Score(tuple(failed), self.identity, request_id=request.request_id)
         work = _without(request, problems)
-        score = await self._admitted(work, deadline, bounded=bounded)
+        score = await self._admitted(work, deadline, transport)
         check_pins(request.pins, score.identity)  # weights may have changed while it waited
         guarded = self._guarded(work, score)
         if problems:
@@ -144,37 +145,31 @@ class ScoringCore:
             ]
         return replace(score, sequences=tuple(guarded), request_id=request.request_id)
 
-    async def _admitted(self, request: ScoreRequest, deadline: float | None, *, bounded: bool) -> Score:
+    async def _admitted(self, request: ScoreRequest, deadline: float | None, transport: Transport) -> Score:
         """Hold the request's tokens in the admission count while the engine has it."""
         tokens = codec.request_tokens(request)
-        remaining = None if deadline is None else deadline - asyncio.get_running_loop().time()
-        if remaining is not None and remaining <= 0:
-            raise TutelageError("DEADLINE_EXCEEDED", "deadline: passed before the request reached the engine")
-        if bounded:
-            self.admission.enter_unchecked(tokens)
-        else:
-            self.admission.enter(tokens, remaining)
-        self.metrics.queued_tokens.set(self.admission.queued_tokens)
-        answered = False
-        try:
-            score = await self._in_time(request, deadline)
-            answered = True
-            return score
-        finally:
-            self.admission.leave(tokens, answered=answered)
+        async with _in_time(deadline):
+            await self._admit(tokens, deadline, transport)
             self.metrics.queued_tokens.set(self.admission.queued_tokens)
-            self.metrics.throughput.set(self.admission.tokens_per_second or 0.0)
+            answered = False
+            try:
+                self.metrics.engine_requests.inc()
+                score = await self._scorer.score(request)
+                answered = True
+                return score
+            finally:
+                self.admission.leave(tokens, answered=answered)
+                self.metrics.queued_tokens.set(self.admission.queued_tokens)
+                self.metrics.throughput.set(self.admission.tokens_per_second or 0.0)
 
-    async def _in_time(self, request: ScoreRequest, deadline: float | None) -> Score:
-        self.metrics.engine_requests.inc()
-        try:
-            async with asyncio.timeout_at(deadline) as limit:
-                return await self._scorer.score(request)
-        except TimeoutError as error:
-            if not limit.expired():
-                raise
-            message = "deadline: passed while the request was with the engine"
-            raise TutelageError("DEADLINE_EXCEEDED", message) from error
+    async def _admit(self, tokens: int, deadline: float | None, transport: Transport) -> None:
+        if transport == "queue":
+            self.admission.enter_unchecked(tokens)
+        elif transport == "stream":
+            await self.admission.enter_when_free(tokens)
+        else:
+            now = asyncio.get_running_loop().time()
+            self.admission.enter(tokens, None if deadline is None else deadline - now)
 
     def _guarded(self, request: ScoreRequest, score: Score) -> list[SequenceScore]:
         if len(score.sequences) != len(request.sequences):
@@ -198,7 +193,7 @@ class ScoringCore:
         return guarded
 
     @contextmanager
-    def _counted(self, transport: str) -> Iterator[None]:
+    def _counted(self, transport: Transport) -> Iterator[None]:
         """Count the request, keep the drain waiting for it, and let only TutelageError out."""
         began = asyncio.get_running_loop().time()
         code = "INTERNAL"
@@ -224,6 +219,21 @@ class ScoringCore:
             self.metrics.requests.labels(transport, code).inc()
             seconds = asyncio.get_running_loop().time() - began
             self.metrics.seconds.labels(transport).observe(seconds)
+
+
+@asynccontextmanager
+async def _in_time(deadline: float | None) -> AsyncIterator[None]:
+    """DEADLINE_EXCEEDED when the loop's clock passes `deadline`, also when it already has."""
+    if deadline is not None and deadline <= asyncio.get_running_loop().time():
+        raise TutelageError("DEADLINE_EXCEEDED", "deadline: passed before the request reached the engine")
+    try:
+        async with asyncio.timeout_at(deadline) as limit:
+            yield
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+        message = "deadline: passed while the request waited or was with the engine"
+        raise TutelageError("DEADLINE_EXCEEDED", message) from error
 
 
 def _without(request: ScoreRequest, problems: Mapping[int, SequenceError]) -> ScoreRequest:

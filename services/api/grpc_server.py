@@ -20,11 +20,12 @@ from tutelage_client.errors import TutelageError, invalid
 from tutelage_client.types import SequenceError
 
 from services.api.auth import TokenCheck
-from services.api.core import ScoringCore
+from services.api.core import ScoringCore, Transport
 from services.api.settings import ServiceSettings
 
 SERVICE = pb.DESCRIPTOR.services_by_name["TeacherService"].full_name
 _HEALTH_PREFIX = "/grpc.health.v1.Health/"
+_STREAM_WINDOW = 64
 
 Context = grpc.aio.ServicerContext[Any, Any]
 M = TypeVar("M", bound=Message)
@@ -110,32 +111,19 @@ class _Servicer:
             await _abort(context, error)
 
     async def score_stream(self, _messages: object, context: Context) -> None:
-        """Answer as answers finish; stop reading, not refuse, when the service is full."""
-        running: set[asyncio.Task[None]] = set()
+        """Answer as answers finish; when the service is full, read no further instead of refusing."""
+        stream = _Stream(context)
         draining = asyncio.create_task(self._core.draining.wait())
         try:
-            while True:
-                reading = asyncio.create_task(_read(context))
-                await asyncio.wait({reading, draining}, return_when=asyncio.FIRST_COMPLETED)
-                if not reading.done():
-                    reading.cancel()
-                    break
-                data = reading.result()
-                if data is None:
-                    break
-                await self._wait_for_room(running)
-                task = asyncio.create_task(self._answer_on_stream(data, context))
-                running.add(task)
-                task.add_done_callback(running.discard)
-            await asyncio.gather(*running)
+            async with asyncio.TaskGroup() as answering:
+                while (data := await stream.next_unless(draining)) is not None:
+                    answering.create_task(self._answer_on_stream(data, stream))
         finally:
             draining.cancel()
-            for task in running:
-                task.cancel()
         if self._core.draining.is_set():
             await _abort(context, TutelageError("UNAVAILABLE", "teacher: the service is draining"))
 
-    async def _answer(self, message: pb.ScoreRequest, remaining: float | None, transport: str) -> bytes:
+    async def _answer(self, message: pb.ScoreRequest, remaining: float | None, transport: Transport) -> bytes:
         malformed: dict[int, SequenceError] = {}
         request = codec.request_from_proto(message, malformed)
         score = await self._core.score(
@@ -143,21 +131,45 @@ class _Servicer:
         )
         return codec.score_to_bytes(score, request.signal.encoding)
 
-    async def _wait_for_room(self, running: set[asyncio.Task[None]]) -> None:
-        admission = self._core.admission
-        while running and admission.queued_tokens >= admission.max_queued_tokens:
-            await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-
-    async def _answer_on_stream(self, data: bytes, context: Context) -> None:
+    async def _answer_on_stream(self, data: bytes, stream: _Stream) -> None:
         request_id = ""
         try:
             message = _parse(pb.ScoreRequest, data)
             request_id = message.request_id
-            answer = await self._answer(message, context.time_remaining(), "stream")
+            answer = await self._answer(message, stream.time_remaining(), "stream")
         except TutelageError as error:
             refusal = pb.SequenceError(code=error.code, message=error.message)
             answer = pb.ScoreResponse(request_id=request_id, error=refusal).SerializeToString()
-        await context.write(answer)
+        await stream.write(answer)
+
+
+class _Stream:
+    """The messages of one ScoreStream call; at most a window of them is unanswered at a time."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._window = asyncio.Semaphore(_STREAM_WINDOW)
+        self._writing = asyncio.Lock()  # gRPC takes one message of a stream at a time
+        self.time_remaining = context.time_remaining
+
+    async def next_unless(self, stop: asyncio.Task[Any]) -> bytes | None:
+        """The next message; None when the caller has no more, or `stop` is done first."""
+        await self._window.acquire()
+        reading = asyncio.create_task(self._context.read())
+        try:
+            await asyncio.wait({reading, stop}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            if not reading.done():
+                reading.cancel()
+        if not reading.done():
+            return None
+        message = reading.result()
+        return None if message is grpc.aio.EOF else message
+
+    async def write(self, message: bytes) -> None:
+        async with self._writing:
+            await self._context.write(message)
+        self._window.release()
 
 
 class _Authorize(grpc.aio.ServerInterceptor):
@@ -216,11 +228,6 @@ def _parse(kind: type[M], data: bytes) -> M:
         return kind.FromString(data)
     except DecodeError as error:
         raise invalid(f"message: got {len(data)} bytes that are not a {kind.DESCRIPTOR.name}") from error
-
-
-async def _read(context: Context) -> bytes | None:
-    message = await context.read()
-    return None if message is grpc.aio.EOF else message
 
 
 async def _abort(context: Context, error: TutelageError) -> NoReturn:

@@ -22,7 +22,7 @@ STATUS = {
 }
 _TYPES = {401: "authentication_error", 429: "rate_limit_error", 504: "timeout_error"}
 # Messages begin with the field they are about: "signal.top_k: got 999, …".
-_FIELD = re.compile(r"([a-z_]+(?:\[\d+\])?(?:\.[a-z_]+(?:\[\d+\])?)*): ")
+_FIELD = re.compile(r"([a-z_-]+(?:\[\d+\])?(?:\.[a-z_]+(?:\[\d+\])?)*): ")
 
 
 def error_body(status: int, message: str, code: str) -> dict[str, Any]:
