@@ -53,13 +53,30 @@ class ScoringHead:
         self, hidden: Tensor, rows: Tensor, targets: Tensor, candidates: Tensor | None, signal: RowSignal
     ) -> RowScores:
         """Score hidden[rows] (hidden [T, H], rows [N]) for targets [N] and candidates [N, C], PAD_ID pads."""
-        chunks = []
+        # Results are written into arrays made beforehand: small results kept between two chunks
+        # would split the holes that big ones leave in the heap, and the heap would grow.
+        whole = _empty(rows.shape[0], signal, hidden.device)
         for start in range(0, rows.shape[0], self.rows):
             part = slice(start, start + self.rows)
             logits = self.head.logits(hidden.index_select(0, rows[part])).float()
             wanted = None if candidates is None else candidates[part]
-            chunks.append(score_logits(logits, targets[part], wanted, signal))
-        return _collect(chunks)
+            for name, scores in score_logits(logits, targets[part], wanted, signal).items():
+                whole[name][part] = scores
+        return RowScores(**{name: tensor.cpu().numpy() for name, tensor in whole.items()})
+
+
+def _empty(rows: int, signal: RowSignal, device: torch.device) -> dict[str, Tensor]:
+    def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(rows, *shape, dtype=dtype, device=device)
+
+    whole = {"sampled": make(), "valid": make(dtype=torch.bool)}
+    if signal.top_k:
+        whole |= {"top_logprobs": make(signal.top_k), "top_ids": make(signal.top_k, dtype=torch.int32)}
+    if signal.candidates:
+        whole["candidates"] = make(signal.candidates)
+    if signal.entropy:
+        whole["entropy"] = make()
+    return whole
 
 
 def score_logits(
@@ -104,8 +121,3 @@ def _blank(scores: dict[str, Tensor], valid: Tensor) -> dict[str, Tensor]:
         )
         for name in scores
     }
-
-
-def _collect(chunks: list[dict[str, Tensor]]) -> RowScores:
-    whole = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
-    return RowScores(**{name: tensor.cpu().numpy() for name, tensor in whole.items()})
