@@ -1,0 +1,195 @@
+"""Which answers are tried again, when, and at which address."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from contextlib import contextmanager
+
+import grpc
+import numpy as np
+import pytest
+from tutelage.v1 import teacher_pb2 as pb
+from tutelage_client import AsyncTeacherClient, RetryPolicy, TeacherClient, TutelageError
+from tutelage_client.balance import Balancer, Endpoint
+from tutelage_client.retry import Attempts
+
+Behaviour = Callable[[int, grpc.ServicerContext], pb.GetTeacherResponse]
+QUICK = RetryPolicy(attempts=4, initial_seconds=0.01, max_seconds=0.05)
+
+
+@contextmanager
+def server(behave: Behaviour, port: int = 0) -> Iterator[tuple[str, list[float]]]:
+    """A GetTeacher that behaves as told on its n-th call; yields its address and the times of calls."""
+    calls: list[float] = []
+
+    def get_teacher(_request: bytes, context: grpc.ServicerContext) -> bytes:
+        calls.append(time.monotonic())
+        return behave(len(calls), context).SerializeToString()
+
+    handler = grpc.unary_unary_rpc_method_handler(get_teacher)
+    running = grpc.server(futures.ThreadPoolExecutor(4))
+    running.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler("tutelage.v1.TeacherService", {"GetTeacher": handler}),)
+    )
+    bound = running.add_insecure_port(f"127.0.0.1:{port}")
+    running.start()
+    try:
+        yield f"127.0.0.1:{bound}", calls
+    finally:
+        running.stop(None)
+
+
+def named(name: str) -> pb.GetTeacherResponse:
+    return pb.GetTeacherResponse(identity=pb.Identity(name=name), ready=True)
+
+
+def failing(code: grpc.StatusCode, times: int, retry_after: str | None = None) -> Behaviour:
+    def behave(call: int, context: grpc.ServicerContext) -> pb.GetTeacherResponse:
+        if call <= times:
+            if retry_after is not None:
+                context.set_trailing_metadata((("retry-after", retry_after),))
+            context.abort(code, "not now")
+        return named("here")
+
+    return behave
+
+
+def ask(address: str, timeout: float = 5.0) -> str:
+    with TeacherClient(address, retry=QUICK) as client:
+        return client.get_teacher(timeout=timeout).identity.name
+
+
+async def ask_async(address: str, timeout: float = 5.0) -> str:  # noqa: ASYNC109
+    async with AsyncTeacherClient(address, retry=QUICK) as client:
+        return (await client.get_teacher(timeout=timeout)).identity.name
+
+
+def ask_in_a_loop(address: str, timeout: float = 5.0) -> str:
+    return asyncio.run(ask_async(address, timeout))
+
+
+both_clients = pytest.mark.parametrize("ask", [ask, ask_in_a_loop], ids=["sync", "asyncio"])
+
+
+@both_clients
+def test_unavailable_is_tried_again(ask: Callable[..., str]) -> None:
+    with server(failing(grpc.StatusCode.UNAVAILABLE, 3)) as (address, calls):
+        assert ask(address) == "here"
+        assert len(calls) == 4
+
+
+@both_clients
+def test_unavailable_is_given_up_after_the_allowed_attempts(ask: Callable[..., str]) -> None:
+    with server(failing(grpc.StatusCode.UNAVAILABLE, 99)) as (address, calls):
+        with pytest.raises(TutelageError, match="UNAVAILABLE: not now"):
+            ask(address)
+        assert len(calls) == 4
+
+
+@both_clients
+def test_a_full_teacher_is_asked_again_when_it_said_and_not_before(ask: Callable[..., str]) -> None:
+    with server(failing(grpc.StatusCode.RESOURCE_EXHAUSTED, 2, "0.2")) as (address, calls):
+        assert ask(address) == "here"
+        assert calls[1] - calls[0] >= 0.2
+        assert calls[2] - calls[1] >= 0.2
+
+
+@both_clients
+def test_a_full_teacher_is_not_waited_for_beyond_the_deadline(ask: Callable[..., str]) -> None:
+    with server(failing(grpc.StatusCode.RESOURCE_EXHAUSTED, 99, "30")) as (address, calls):
+        began = time.monotonic()
+        with pytest.raises(TutelageError, match="RESOURCE_EXHAUSTED") as refused:
+            ask(address, 1.0)
+        assert refused.value.retry_after == 30
+        assert time.monotonic() - began < 1.0
+        assert len(calls) == 1
+
+
+@both_clients
+@pytest.mark.parametrize(
+    "code",
+    ["INVALID_ARGUMENT", "FAILED_PRECONDITION", "INTERNAL", "UNAUTHENTICATED", "NOT_FOUND", "UNKNOWN"],
+)
+def test_nothing_else_is_tried_again(ask: Callable[..., str], code: str) -> None:
+    with server(failing(grpc.StatusCode[code], 99)) as (address, calls):
+        with pytest.raises(TutelageError, match=code):
+            ask(address)
+        assert len(calls) == 1
+
+
+def test_the_deadline_covers_all_tries_together() -> None:
+    slow = RetryPolicy(attempts=1000, initial_seconds=0.05, max_seconds=0.1)
+    with server(failing(grpc.StatusCode.UNAVAILABLE, 10_000)) as (address, _calls):
+        began = time.monotonic()
+        with TeacherClient(address, retry=slow) as client, pytest.raises(TutelageError):
+            client.get_teacher(timeout=0.5)
+        assert time.monotonic() - began < 0.8
+
+
+def test_a_failing_address_is_avoided_while_another_answers() -> None:
+    with (
+        server(failing(grpc.StatusCode.UNAVAILABLE, 99)) as (bad, bad_calls),
+        server(lambda _call, _context: named("good")) as (good, good_calls),
+        TeacherClient([bad, good], retry=QUICK) as client,
+    ):
+        for _ in range(20):
+            assert client.get_teacher().identity.name == "good"
+        assert len(good_calls) == 20
+        assert len(bad_calls) <= 2
+
+
+def test_an_address_where_nobody_listens_is_avoided() -> None:
+    with server(lambda _call, _context: named("good")) as (good, calls):
+        with TeacherClient(["127.0.0.1:1", good], retry=QUICK) as client:
+            for _ in range(5):
+                assert client.get_teacher().identity.name == "good"
+        assert len(calls) == 5
+
+
+def test_the_address_with_the_fewest_outstanding_tokens_is_chosen() -> None:
+    balancer = Balancer([Endpoint(name, None) for name in "abc"])
+    taken = [balancer.take(tokens).address for tokens in (100, 10, 50, 20)]
+    assert taken == ["a", "b", "c", "b"]
+    balancer.give_back(balancer.endpoints[0], 100, available=True)
+    assert balancer.take(1).address == "a"
+
+
+def test_a_single_address_is_never_given_up() -> None:
+    balancer = Balancer([Endpoint("a", None)])
+    for _ in range(5):
+        endpoint = balancer.take(1)
+        balancer.give_back(endpoint, 1, available=False)
+    assert balancer.take(1).address == "a"
+
+
+def test_rest_grows_with_failures_and_ends_with_the_first_success() -> None:
+    balancer = Balancer([Endpoint("a", None), Endpoint("b", None)])
+    bad = balancer.endpoints[0]
+    rests = []
+    for _ in range(4):
+        balancer.give_back(bad, 0, available=False)
+        rests.append(bad.resting_until - time.monotonic())
+    np.testing.assert_allclose(rests, [0.5, 1, 2, 4], atol=0.1)
+    assert balancer.take(1).address == "b"
+    balancer.give_back(bad, 0, available=True)
+    assert balancer.take(1).address == "a"
+
+
+def test_pauses_grow_and_carry_jitter() -> None:
+    policy = RetryPolicy(attempts=50, initial_seconds=0.1, max_seconds=1.0)
+    pauses: list[list[float]] = []
+    for _ in range(200):
+        attempts = Attempts(policy, None)
+        pauses.append([attempts.pause_after(TutelageError("UNAVAILABLE", "")) for _ in range(6)])
+    longest = np.array(pauses).max(axis=0)
+    np.testing.assert_allclose(longest, [0.1, 0.2, 0.4, 0.8, 1.0, 1.0], rtol=0.1)
+    assert np.array(pauses).std(axis=0).min() > 0.02
+
+
+def test_no_address_is_refused() -> None:
+    for nothing in ("", [], ["a:1", ""]):
+        with pytest.raises(TutelageError, match="INVALID_ARGUMENT: addresses"):
+            TeacherClient(nothing)
