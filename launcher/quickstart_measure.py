@@ -51,7 +51,7 @@ def measure(config: RunConfig, model: Path, teacher: Path) -> Measured:
 @torch.inference_mode()
 def divergence(sampler: GroupSampler, prompts: int, model: LoadedModel, teacher: LoadedModel) -> float:
     """Mean over response positions of Σ_v p(v) (log p(v) - log q(v)), p the model and q the teacher."""
-    contexts = [sampler.encoder.ids(example) for example in sampler.prompts.held_out(prompts)]
+    contexts = [prompt.ids for prompt in sampler.encoder.encode(sampler.prompts.held_out(prompts))]
     rows = [Row(context, -1 - index, 0) for index, context in enumerate(contexts)]
     responses = sampler.student.generate(
         rows, seed=sampler.seed, temperature=1.0, max_new_tokens=sampler.sampling.max_new_tokens

@@ -45,7 +45,9 @@ def build_sampler(config: RunConfig, first: PolicyVersion) -> tuple[StudentPolic
     tokenizer = policy.loaded.tokenizer
     encoder = PromptEncoder(tokenizer, config.data)
     prompts = load_prompts(
-        config.data, seed=config.run.seed, prompt_tokens=lambda example: len(encoder.ids(example))
+        config.data,
+        seed=config.run.seed,
+        prompt_tokens=lambda examples: [len(prompt.ids) for prompt in encoder.encode(examples)],
     )
     test_prompts = _test_prompts(prompts, encoder)
     student = _generator(config, policy.loaded, config.student.model)
@@ -113,7 +115,8 @@ def _other_sampler(
 
 
 def _test_prompts(prompts: PromptSource, encoder: PromptEncoder) -> list[Int32Array]:
-    return [encoder.ids(prompts.example(index)) for index in range(SELF_TEST_PROMPTS)]
+    examples = [prompts.example(index) for index in range(SELF_TEST_PROMPTS)]
+    return [prompt.ids for prompt in encoder.encode(examples)]
 
 
 def _check_candidates(plan: Plan, student: LoadedModel) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -19,6 +19,7 @@ from student_trainer.tasks import Example, Task, load_task
 
 # The order of the evaluation prompts must not depend on a run's seed: runs are compared on them.
 _EVALUATION_ORDER_SEED = 20_240_617
+_COUNTED_AT_ONCE = 1024
 
 
 class PromptSource:
@@ -113,11 +114,11 @@ def load_prompts(
     settings: DataSettings,
     *,
     seed: int,
-    prompt_tokens: Callable[[Example], int] | None = None,
+    prompt_tokens: Callable[[Sequence[Example]], list[int]] | None = None,
 ) -> PromptSource:
     """The prompt source of a run.
 
-    `prompt_tokens` counts a prompt's tokens; it is needed when max_prompt_tokens is set.
+    `prompt_tokens` counts the tokens of prompts; it is needed when max_prompt_tokens is set.
     """
     if settings.task is not None:
         return PromptSource(load_task(settings.task), seed=seed, shuffle=settings.shuffle)
@@ -129,8 +130,11 @@ def load_prompts(
         raise ValueError("prompt_tokens: needed because data.max_prompt_tokens is set")
 
     def short_enough(task: Task, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        kept = [prompt_tokens(task.example(int(index))) <= limit for index in indices]
-        return indices[np.array(kept, dtype=np.bool_)]
+        counts: list[int] = []
+        for start in range(0, len(indices), _COUNTED_AT_ONCE):
+            some = indices[start : start + _COUNTED_AT_ONCE]
+            counts += prompt_tokens([task.example(int(index)) for index in some])
+        return indices[np.array(counts, dtype=np.int64) <= limit]
 
     return PromptSource(task, seed=seed, shuffle=settings.shuffle, keep=short_enough)
 

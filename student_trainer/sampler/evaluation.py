@@ -25,7 +25,7 @@ def evaluate(sampler: GroupSampler, *, prompts: int, policy_version: int) -> dic
     if any(example.answer is None for example in examples):
         raise invalid("data.answer_field: evaluation needs answers to check responses against")
     # Counting down from −1: a training group never has these random numbers.
-    rows = [Row(sampler.encoder.ids(example), -1 - i, 0) for i, example in enumerate(examples)]
+    rows = [Row(prompt.ids, -1 - i, 0) for i, prompt in enumerate(sampler.encoder.encode(examples))]
     result: dict[str, Any] = {"version": policy_version, "prompts": len(examples)}
     for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
         responses = sampler.student.generate(
@@ -42,8 +42,8 @@ def _summary(
     sampler: GroupSampler, examples: Sequence[Example], responses: Sequence[Response]
 ) -> dict[str, float]:
     rewards = [
-        sampler.prompts.reward(example, sampler.text(response)) or 0.0
-        for example, response in zip(examples, responses, strict=True)
+        sampler.prompts.reward(example, text) or 0.0
+        for example, text in zip(examples, sampler.texts(responses), strict=True)
     ]
     accuracy = float(np.mean(rewards))
     return {

@@ -9,14 +9,14 @@ from typing import Any
 
 from tutelage.v1.rollout_pb2 import Group, Rollout, ViewRequest
 from tutelage.v1.teacher_pb2 import Context, Pins
-from tutelage_client.codec import pack_ids, signal_to_proto
+from tutelage_client.codec import signal_to_proto
 from tutelage_client.types import Int32Array
 
 from student_trainer.objective.compile import Plan
 from student_trainer.sampler.candidates import student_candidates
 from student_trainer.sampler.data import PromptSource
 from student_trainer.sampler.generate import Generator, Response, Row
-from student_trainer.sampler.prompts import PromptEncoder
+from student_trainer.sampler.prompts import EncodedPrompt, PromptEncoder
 from student_trainer.sampler.settings import SamplingSettings
 from student_trainer.sampler.uniforms import uniforms
 from student_trainer.tasks import Example
@@ -83,14 +83,14 @@ class GroupSampler:
     def sample(self, indices: Sequence[int], policy_version: int) -> list[SampledGroup]:
         """The groups of `indices`, in order, sampled with the weights that are loaded now."""
         examples = [self.prompts.example(index) for index in indices]
-        prompt_ids = [self.encoder.ids(example) for example in examples]
+        prompts = self.encoder.encode(examples)
         by_student = [self._student_samples(index) for index in indices]
         responses: dict[int, list[Response]] = {}
         for mine in (True, False):
             chosen = [i for i in range(len(indices)) if by_student[i] == mine]
             if chosen:
                 rows = [
-                    Row(prompt_ids[i], indices[i], sample)
+                    Row(prompts[i].ids, indices[i], sample)
                     for i in chosen
                     for sample in range(self.sampling.samples_per_prompt)
                 ]
@@ -99,20 +99,23 @@ class GroupSampler:
                 responses.update((i, flat[at * size : (at + 1) * size]) for at, i in enumerate(chosen))
         groups = []
         for i, example in enumerate(examples):
-            group = self._group(indices[i], example, prompt_ids[i], responses[i])
+            group = self._group(indices[i], example, prompts[i], responses[i])
             group.policy_version = policy_version
             group.sampled_by = STUDENT if by_student[i] or self._other is None else self._other.name
             groups.append(SampledGroup(group, self._requests(group)))
         return groups
 
-    def text(self, response: Response) -> str:
-        """The response without special tokens."""
-        text: str = self._tokenizer.decode(response.ids, skip_special_tokens=True)
-        return text
+    def texts(self, responses: Sequence[Response]) -> list[str]:
+        """The responses without special tokens."""
+        texts: list[str] = self._tokenizer.batch_decode(
+            [response.ids for response in responses], skip_special_tokens=True
+        )
+        return texts
 
     def _student_samples(self, index: int) -> bool:
         """GKD's coin, a function of seed and group index alone."""
-        return float(uniforms(self.seed, index, _COIN, 1)[0]) < self.sampling.student_share
+        share = self.sampling.student_share
+        return share == 1.0 or float(uniforms(self.seed, index, _COIN, 1)[0]) < share
 
     def _generate(self, rows: list[Row]) -> list[Response]:
         return self.student.generate(
@@ -147,17 +150,20 @@ class GroupSampler:
         ]
 
     def _group(
-        self, index: int, example: Example, prompt_ids: Int32Array, responses: Sequence[Response]
+        self, index: int, example: Example, prompt: EncodedPrompt, responses: Sequence[Response]
     ) -> Group:
         identifier = f"{self.run}-{index}"
         return Group(
             id=identifier,
             run=self.run,
             index=index,
-            prompt_ids=pack_ids(prompt_ids),
-            rollouts=[self._rollout(example, response) for response in responses],
+            prompt_ids=_bytes(prompt.ids),
+            rollouts=[
+                self._rollout(example, response, text)
+                for response, text in zip(responses, self.texts(responses), strict=True)
+            ],
             temperature=self.sampling.temperature,
-            prompt_text=self.encoder.text(example),
+            prompt_text=prompt.text,
             traceparent=traceparent(identifier),
         )
 
@@ -173,10 +179,9 @@ class GroupSampler:
             for view, (teacher, signal) in self.plan.view_requests.items()
         )
 
-    def _rollout(self, example: Example, response: Response) -> Rollout:
-        text = self.text(response)
+    def _rollout(self, example: Example, response: Response, text: str) -> Rollout:
         rollout = Rollout(
-            response_ids=pack_ids(response.ids),
+            response_ids=_bytes(response.ids),
             behaviour_logprobs=response.logprobs.astype("<f4", copy=False).tobytes(),
             finished=response.finished,
             text=text,
@@ -185,9 +190,13 @@ class GroupSampler:
         if reward is not None:
             rollout.reward = reward
         if response.candidate_ids is not None:
-            rollout.candidate_ids = response.candidate_ids.astype("<i4", copy=False).tobytes()
+            rollout.candidate_ids = _bytes(response.candidate_ids)
             rollout.num_candidates = response.candidate_ids.shape[1]
         return rollout
+
+
+def _bytes(ids: Int32Array) -> bytes:
+    return ids.astype("<i4", copy=False).tobytes()
 
 
 def traceparent(identifier: str) -> str:

@@ -24,6 +24,7 @@ from student_trainer.sampler.policy import StudentPolicy
 CLAIM_MS = 500
 POLL_SECONDS = 0.02
 FULL_SECONDS = 0.05
+SUBMITTED_AT_ONCE = 16
 ROLE = "sampler"
 
 log = structlog.get_logger(__name__)
@@ -159,8 +160,9 @@ class OrderService:
             if self._stop.is_set() or not self._worker.holds(claim):
                 return False
             groups = await self._sample(range(start, min(start + size, end)))
-            for group in groups:
-                if not await self._submit(group, claim):
+            for at in range(0, len(groups), SUBMITTED_AT_ONCE):
+                some = groups[at : at + SUBMITTED_AT_ONCE]
+                if not all(await asyncio.gather(*(self._submit(group, claim) for group in some))):
                     return False
         return True
 

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from tutelage_client.codec import as_ids
+import numpy as np
 from tutelage_client.errors import invalid
 from tutelage_client.types import Int32Array
 
 from student_trainer.sampler.settings import DataSettings
 from student_trainer.tasks import Example
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPrompt:
+    """A prompt as the model sees it."""
+
+    text: str  # special tokens written out
+    ids: Int32Array  # [P], P ≥ 1
 
 
 class PromptEncoder:
@@ -44,13 +54,22 @@ class PromptEncoder:
         )
         return rendered
 
-    def ids(self, example: Example) -> Int32Array:
-        """int32 [P], P ≥ 1. A chat template writes its own special tokens, so none is added to it."""
-        special = not self._uses_template(example)
-        ids = as_ids(self._tokenizer(self.text(example), add_special_tokens=special)["input_ids"], "prompt")
-        if not ids.size:
-            raise invalid(f"prompt {example.prompt!r}: has no token; a prompt needs at least one")
-        return ids
+    def encode(self, examples: Sequence[Example]) -> list[EncodedPrompt]:
+        """Every example's prompt, in one call of the tokenizer for each kind.
+
+        A chat template writes its own special tokens, so none is added to what it rendered.
+        """
+        texts = [self.text(example) for example in examples]
+        templated = [self._uses_template(example) for example in examples]
+        encoded: dict[int, EncodedPrompt] = {}
+        for uses_template in set(templated):
+            chosen = [i for i, uses in enumerate(templated) if uses == uses_template]
+            batch = self._tokenizer([texts[i] for i in chosen], add_special_tokens=not uses_template)
+            for i, ids in zip(chosen, batch["input_ids"], strict=True):
+                if not ids:
+                    raise invalid(f"prompt {examples[i].prompt!r}: has no token; a prompt needs at least one")
+                encoded[i] = EncodedPrompt(texts[i], np.array(ids, dtype=np.int32))
+        return [encoded[i] for i in range(len(examples))]
 
     def _uses_template(self, example: Example) -> bool:
         if isinstance(example.prompt, str):

@@ -110,7 +110,9 @@ def test_without_shuffle_the_file_order_stands_and_without_answers_there_is_no_r
 def test_long_prompts_are_left_out_when_asked(tmp_path: Path) -> None:
     settings = DataSettings(path=write_jsonl(tmp_path / "rows.jsonl"), max_prompt_tokens=5, holdout=0.1)
     encoder = PromptEncoder(character_tokenizer(CHARACTERS), settings)
-    source = load_prompts(settings, seed=0, prompt_tokens=lambda example: len(encoder.ids(example)))
+    source = load_prompts(
+        settings, seed=0, prompt_tokens=lambda examples: [len(p.ids) for p in encoder.encode(examples)]
+    )
     prompts = [source.example(i).prompt for i in range(len(source.training))]
     assert 80 < len(prompts) < 100
     assert all(len(prompt) <= 5 for prompt in prompts)
@@ -185,9 +187,9 @@ def test_chat_messages_and_texts_go_through_the_template(tmp_path: Path) -> None
     assert texts(chat_template_arguments={"mark": "-"}) == ["u:1+2,-", "u:3,a:4,-"]
     assert texts(chat_template="never")[0] == "1+2"
     settings = DataSettings(**options)
-    ids = PromptEncoder(tokenizer, settings).ids(load_prompts(settings, seed=0).example(0))
-    assert ids.dtype == np.int32
-    assert tokenizer.decode(ids) == "u:1+2,="
+    [encoded] = PromptEncoder(tokenizer, settings).encode([load_prompts(settings, seed=0).example(0)])
+    assert encoded.ids.dtype == np.int32
+    assert tokenizer.decode(encoded.ids) == "u:1+2,="
 
 
 def test_chat_template_is_refused_where_there_is_none(tmp_path: Path) -> None:
@@ -195,7 +197,7 @@ def test_chat_template_is_refused_where_there_is_none(tmp_path: Path) -> None:
     settings = DataSettings(path=path, holdout=0.0)
     tokenizer = character_tokenizer(CHARACTERS)
     with pytest.raises(TutelageError, match="need a tokenizer with a chat template"):
-        PromptEncoder(tokenizer, settings).ids(load_prompts(settings, seed=0).example(0))
+        PromptEncoder(tokenizer, settings).encode([load_prompts(settings, seed=0).example(0)])
     with pytest.raises(TutelageError, match="no chat template"):
         PromptEncoder(tokenizer, DataSettings(path=path, chat_template="always"))
 
