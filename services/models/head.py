@@ -44,7 +44,7 @@ class Head:
 
 
 def head_of(model: Any) -> Head:
-    """The head of a transformers causal LM, detached from nothing: gradients flow to its parameters.
+    """The head of a transformers causal LM (or one in PEFT); its tensors are the parameters themselves.
 
     Scales: Cohere multiplies by `logit_scale`, Granite divides by `logits_scaling`, Falcon-H1
     multiplies by `lm_head_multiplier`. Soft cap: `final_logit_softcapping` (Gemma 2, Gemma 3).
@@ -53,6 +53,8 @@ def head_of(model: Any) -> Head:
     output = inner.get_output_embeddings()
     if output is None or getattr(output, "weight", None) is None:
         raise invalid(f"model: got {type(inner).__name__}, which has no linear head to score with")
+    if hasattr(output, "base_layer"):
+        raise invalid("model: got an adapter on the output head, whose weight alone is not the head")
     config = inner.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0)
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 from hypothesis import given, settings
@@ -257,6 +258,35 @@ def test_generation_with_a_cache_still_works_and_agrees(pair: tuple[Any, Any]) -
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     kwargs: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
     assert torch.equal(plain.generate(prompts, **kwargs), packed.generate(prompts, **kwargs))
+
+
+def with_adapters(model: Any, *targets: str) -> Any:
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=list(targets)))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    return adapted.eval()
+
+
+@torch.no_grad()
+def test_adapters_take_part_in_packed_forwards() -> None:
+    plain = tiny_model("qwen3")
+    packed = copy.deepcopy(plain)
+    assert not_packable(packed) is None
+    torch.manual_seed(1)
+    adapted_plain = with_adapters(plain, "q_proj", "v_proj")
+    torch.manual_seed(1)
+    adapted = with_adapters(packed, "q_proj", "v_proj")
+    contexts, sequences = ragged_batch()
+    for got, (context, response) in zip(packed_logits(adapted, contexts, sequences), sequences, strict=True):
+        expected = plain_logits(adapted_plain, contexts[context], response)
+        assert (got.log_softmax(-1) - expected.log_softmax(-1)).abs().max() < 1e-4
+
+
+def test_an_adapter_on_the_head_is_refused() -> None:
+    with pytest.raises(TutelageError, match="adapter on the output head"):
+        head_of(with_adapters(tiny_model("qwen3"), "lm_head"))
 
 
 def test_layouts_move_between_devices_whole(tmp_path: Path) -> None:
