@@ -6,15 +6,18 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
 import torch
-
 from support.training_run import Processes, TrainingRun, finish, kill, start_server, wait_until, write_model
 
 STEPS, PER_STEP = 10, 8
-TRAINING = f"steps = {STEPS}\ncheckpoint_every = 3\nsample_every = 4\nevaluate_every = 5\nevaluation_prompts = 10"
+TRAINING = (
+    f"steps = {STEPS}\ncheckpoint_every = 3\nsample_every = 4\nevaluate_every = 5\nevaluation_prompts = 10"
+)
 
 
 @dataclass(frozen=True)
@@ -66,13 +69,17 @@ def same_as_uninterrupted(run: TrainingRun, whole: TrainingRun) -> None:
     assert ledger["dropped"] == []
 
 
+def got_past(run: TrainingRun, trainer: ForkServerProcess, step: int) -> bool:
+    return len(run.steps()) > step or not trainer.is_alive()
+
+
 def kill_while_training(bench: Bench, run: TrainingRun, kills: int, seed: int) -> None:
     """Kill the trainer `kills` times, at random moments after random steps, and let it finish."""
     chance = random.Random(seed)
     for number in range(kills):
         trainer = bench.processes.trainer(run)
         target = chance.randint(number * STEPS // kills, (number + 1) * STEPS // kills - 1)
-        wait_until(lambda t=target, p=trainer: len(run.steps()) > t or not p.is_alive(), what=f"step {target}")  # type: ignore[misc]
+        wait_until(partial(got_past, run, trainer, target), what=f"step {target}")
         time.sleep(chance.uniform(0.0, 0.1))
         assert trainer.is_alive() or trainer.exitcode == 0, run.log("trainer")[-3000:]
         kill(trainer)
@@ -94,7 +101,7 @@ def test_trainer_killed_together_with_its_sampler_still_agrees(
     run = bench.run("both")
     for target in (1, 5):
         trainer, sampler = bench.processes.trainer(run), bench.processes.sampler(run, f"sampler-{target}")
-        wait_until(lambda t=target: len(run.steps()) > t)  # type: ignore[misc]
+        wait_until(partial(got_past, run, trainer, target))
         kill(sampler)
         kill(trainer)
     bench.processes.sampler(run, "sampler-last")
