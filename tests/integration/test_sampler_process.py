@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
-import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -15,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.training_run import Processes, kill
 from transformers import AutoModelForCausalLM, Qwen3Config
 from tutelage.v1.rollout_pb2 import Group, SampleOrder, ViewRequest
 from tutelage_client.codec import unpack_ids
@@ -32,7 +30,7 @@ from student_trainer.tasks.addition import CHARACTERS
 from student_trainer.tasks.characters import MODEL_ROWS, character_tokenizer
 
 HEARTBEAT = 0.4
-PATIENCE = 30.0
+PATIENCE = 60.0
 
 RUN_FILE = """
 [run]
@@ -97,6 +95,15 @@ def write_model(directory: Path, seed: int) -> None:
     character_tokenizer(CHARACTERS).save_pretrained(directory)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As the processes of a deterministic run do: sums in another order differ in the last bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with EmbeddedServer(tmp_path_factory.mktemp("queue")) as server:
@@ -107,12 +114,12 @@ class Run:
     """A run file with a policy store, a queue handle, and what a trainer and a teacher would do."""
 
     def __init__(self, path: Path, queue: Queue) -> None:
-        self.path = path
         self.queue = queue
         self.config: RunConfig = load_run_config(path)
         self.name = self.config.run.name
         self.store = PolicyStore(self.config.run.directory / "policy")
-        self.processes: list[asyncio.subprocess.Process] = []
+        self.file = path
+        self.logs = path.parent
 
     def publish(self, version: int) -> None:
         self.store.publish(version, lambda directory: write_model(directory, seed=version))
@@ -183,27 +190,18 @@ class Run:
             stop.set()
             await task
 
-    async def start_process(self, name: str) -> asyncio.subprocess.Process:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "launcher", "rollout", str(self.path), "--name", name,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        self.processes.append(process)
-        return process
-
-    async def close(self) -> None:
-        for child in self.processes:
-            if child.returncode is None:
-                child.kill()
-                await child.wait()
-        await self.queue.close()
-
 
 async def until(condition: Callable[[], Awaitable[bool]], what: str) -> None:
     end = time.monotonic() + PATIENCE
     while not await condition():
         assert time.monotonic() < end, f"waited {PATIENCE} s for {what}"
         await asyncio.sleep(0.02)
+
+
+@pytest.fixture
+def processes() -> Iterator[Processes]:
+    with Processes() as started:
+        yield started
 
 
 @pytest.fixture
@@ -231,7 +229,7 @@ async def make_run(tmp_path: Path, url: str) -> AsyncIterator[Callable[..., Run]
 
     yield make
     for run in runs:
-        await run.close()
+        await run.queue.close()
 
 
 async def test_an_order_becomes_groups_with_everything_the_objective_needs(
@@ -355,7 +353,7 @@ async def test_another_sampler_takes_its_share_and_the_student_names_the_candida
 
 
 async def test_kill_9_in_the_middle_of_an_order_and_a_drain_lose_and_change_nothing(
-    make_run: Callable[..., Run],
+    make_run: Callable[..., Run], processes: Processes
 ) -> None:
     run = make_run(max_queued_tokens=60)
     run.publish(0)
@@ -364,17 +362,16 @@ async def test_kill_9_in_the_middle_of_an_order_and_a_drain_lose_and_change_noth
     async def queue_is_full() -> bool:
         return (await run.queue.teacher_stats("big")).queued_tokens > 20
 
-    first = await run.start_process("first")
+    first = processes.sampler(run, "first")
     await until(queue_is_full, "the first groups")
     await asyncio.sleep(3 * HEARTBEAT)
     stats = await run.queue.teacher_stats("big")
     assert stats.queued_tokens <= 60, "back-pressure: no more than the limit is queued"
     assert await run.open_orders() == 1, "the order is not finished while its groups wait"
     assert "first" in await run.queue.alive("sampler")
-    first.send_signal(signal.SIGKILL)
-    await first.wait()
+    kill(first)
 
-    second = await run.start_process("second")
+    second = processes.sampler(run, "second")
     claimed = time.monotonic()
     seen = await run.scored()
     assert time.monotonic() - claimed < PATIENCE
@@ -383,8 +380,9 @@ async def test_kill_9_in_the_middle_of_an_order_and_a_drain_lose_and_change_noth
     # The second one is now stuck in a full queue with another order, and told to go.
     await run.order(1, groups=5, policy_version=0, exact=True)
     await until(queue_is_full, "the next groups")
-    second.send_signal(signal.SIGTERM)
-    assert await asyncio.wait_for(second.wait(), 10) == 0
+    second.terminate()
+    await asyncio.to_thread(second.join, 20)
+    assert second.exitcode == 0
     async with run.queue.orders(run.name, "observer") as worker:
         [claim] = await worker.claim(1, 5000)
         assert claim.deliveries == 1, "a drained order is handed back without counting the delivery"
