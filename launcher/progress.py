@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,12 +70,13 @@ def make_view(console: Console | None = None) -> View:
 
 
 class PlainView:
-    """One line for every step that is news, at most one every few seconds; events as they come."""
+    """A line when the run has moved, at most one every few seconds; events as they come."""
 
     def __init__(self, every: float = PLAIN_EVERY) -> None:
         self._every = every
         self._last_time = -math.inf
-        self._last_line = ""
+        self._shown: object = None
+        self._waiting = ""
 
     def __enter__(self) -> Self:
         return self
@@ -82,27 +84,26 @@ class PlainView:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._last_line:
-            self._print(self._last_line)
+        if self._waiting:
+            print(self._waiting, flush=True)
 
     def show(self, snapshot: Snapshot) -> None:
-        line = plain_line(snapshot)
-        if line == self._last_line:
+        news = (snapshot.step, snapshot.status, snapshot.greedy, snapshot.sampled)
+        if news == self._shown:
             return
+        self._waiting = plain_line(snapshot)
         if time.monotonic() - self._last_time >= self._every:
-            self._print(line)
-            self._last_time = time.monotonic()
-        else:
-            self._last_line = line
+            print(self._waiting, flush=True)
+            self._shown, self._waiting, self._last_time = news, "", time.monotonic()
 
     def say(self, message: str, detail: Sequence[str] = (), *, problem: bool = False) -> None:
-        self._print(("! " if problem else "") + message)
+        if self._waiting:
+            print(self._waiting)
+            self._waiting = ""
+        print(("! " if problem else "") + message)
         for line in detail:
-            self._print(f"    {line}")
-
-    def _print(self, line: str) -> None:
-        self._last_line = ""
-        print(line, flush=True)
+            print(f"    {line}")
+        sys.stdout.flush()
 
 
 class LiveView:

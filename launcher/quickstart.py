@@ -47,7 +47,7 @@ def run_quickstart(*, compare: bool) -> int:
     from rich.console import Console
 
     only_warnings()
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     started = time.monotonic()
     config = _config(MAIN)
     teacher = _prepare_models(config)

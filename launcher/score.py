@@ -133,7 +133,7 @@ async def _scores(options: ScoreOptions, encode: _Encoder) -> AsyncIterator[Scor
     try:
         core = ScoringCore(engine, max_queued_tokens=2**62, max_message_bytes=2**31 - 1)
         core.open()
-        yield partial(core.score, transport="file")
+        yield partial(core.score, transport="queue")
     finally:
         await engine.close()
 

@@ -146,7 +146,9 @@ class TrainingSettings(_Section):
     keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept on disk")
     evaluate_every: int = Field(0, ge=0, description="steps between evaluations; 0: never")
     evaluation_prompts: int = Field(500, ge=1, description="held-out prompts of one evaluation")
-    sample_every: int = Field(10, ge=0, description="steps between rollouts written for the report; 0: never")
+    sample_every: int = Field(
+        10, ge=0, description="steps between rollouts written for the report, from the first on; 0: never"
+    )
     sample_groups: int = Field(4, ge=1, description="groups written each time")
     metrics_port: int = Field(
         0, ge=0, le=65535, description="loopback port of /health, /metrics and /status; 0: any free port"

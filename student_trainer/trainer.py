@@ -125,7 +125,8 @@ class Trainer:
         """One optimizer step, and its entry in the ledger."""
         parts, ledger, settings = self._parts, self._ledger, self._settings
         comparable = not self._alignment_checked and any(g.policy_version == ledger.step for g in groups)
-        sampled = settings.sample_every > 0 and (ledger.step + 1) % settings.sample_every == 0
+        every = settings.sample_every
+        sampled = every > 0 and (ledger.step == 0 or (ledger.step + 1) % every == 0)
         result = parts.learner.step(groups, ledger.step, traces=sampled or comparable)
         if comparable and result.refused is None:
             check_alignment(result, ledger.step)

@@ -58,7 +58,7 @@ def kl(run: RunData) -> Chart:
         run,
         "kl",
         "KL to the teacher",
-        "Student to teacher, per response token, on the training batch.",
+        "Nats per response token, on the training batch.",
         "two",
     )
 
@@ -108,7 +108,7 @@ def _from_metric(run: RunData, key: str, title: str, caption: str, tone: str) ->
     return Chart(
         key=key,
         title=title,
-        caption=caption + (f" Bold: mean of {smooth} steps." if smooth else ""),
+        caption=caption + (f" Bold: {smooth}-step mean." if smooth else ""),
         unit="nats",
         series=(
             Series(

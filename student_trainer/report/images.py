@@ -43,7 +43,7 @@ def _draw(chart: Chart, axes: Axes) -> None:
         axes.axhline(
             reference.y, color=TONES["muted"], linestyle=(0, (4, 4)), linewidth=1.2, label=reference.label
         )
-    axes.set_title(chart.title, loc="left", fontsize=13, fontweight="semibold", color=INK, pad=12)
+    axes.set_title(chart.title, loc="left", fontsize=13, fontweight="bold", color=INK, pad=12)
     axes.set_xlabel(chart.x_label, color=SOFT)
     axes.yaxis.set_major_formatter(lambda value, _: format_value(value, chart.unit))
     if chart.unit == "percent":

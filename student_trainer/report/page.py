@@ -75,36 +75,40 @@ def _lede(run: RunData) -> str:
 
 
 def _headline(run: RunData) -> str:
-    """The handful of numbers a reader wants first."""
+    """The handful of numbers a reader wants first; the same as in the table below them."""
+    rows = {row.name: row for row in table_rows(run)}
+    before, after = rows.get("student before"), rows.get("student after")
     boxes = []
-    if len(run.evaluations) > 1:
-        first, last = run.evaluations[0], run.evaluations[-1]
-        for name, before, after, error in (
-            ("accuracy, greedy", first.greedy, last.greedy, last.greedy_error),
-            ("accuracy, sampled at T = 1", first.sampled, last.sampled, last.sampled_error),
-        ):
-            boxes.append(
-                _box(
-                    name, f"{100 * after:.1f}%", f"± {100 * error:.1f} standard error", f"{100 * before:.0f}%"
-                )
-            )
-    kls = [record.values["kl"] for record in run.steps if math.isfinite(record.values.get("kl", math.nan))]
-    if len(kls) > 1:
-        width = min(5, len(kls) // 2)
-        before, after = sum(kls[:width]) / width, sum(kls[-width:]) / width
-        boxes.append(
-            _box("KL to the teacher", f"{after:.3f}", f"nats per token, {width}-step means", f"{before:.2f}")
-        )
+    if before is not None and after is not None:
+        boxes += [
+            _share_box("accuracy, greedy", before.greedy, after.greedy, after.greedy_error),
+            _share_box("accuracy, sampled at T = 1", before.sampled, after.sampled, after.sampled_error),
+            _divergence_box(run, before.kl, after.kl),
+        ]
     totals = run.outcome.totals if run.outcome else {}
     if "wall_seconds" in totals:
-        boxes.append(
-            _box(
-                "wall time",
-                _duration(totals["wall_seconds"]),
-                f"{totals['tokens_sampled']:,.0f} tokens sampled, {totals['tokens_scored']:,.0f} scored",
-            )
-        )
-    return f'<section class="figures">{"".join(boxes)}</section>' if boxes else ""
+        tokens = f"{totals['tokens_sampled']:,.0f} tokens sampled and scored"
+        boxes.append(_box("wall time", _duration(totals["wall_seconds"]), tokens))
+    shown = "".join(boxes)
+    return f'<section class="figures">{shown}</section>' if shown else ""
+
+
+def _share_box(name: str, before: float | None, after: float | None, error: float | None) -> str:
+    if before is None or after is None or error is None:
+        return ""
+    return _box(name, f"{100 * after:.1f}%", f"± {100 * error:.1f} standard error", f"{100 * before:.0f}%")
+
+
+def _divergence_box(run: RunData, before: float | None, after: float | None) -> str:
+    """The measured divergence, or that of the first and last training batches."""
+    if before is not None and after is not None:
+        return _box("KL to the teacher", f"{after:.3f}", "nats per token, whole vocabulary", f"{before:.2f}")
+    kls = [record.values["kl"] for record in run.steps if math.isfinite(record.values.get("kl", math.nan))]
+    if len(kls) < 2:
+        return ""
+    width = min(5, len(kls) // 2)
+    first, last = sum(kls[:width]) / width, sum(kls[-width:]) / width
+    return _box("KL to the teacher", f"{last:.3f}", f"nats per token, {width}-step means", f"{first:.2f}")
 
 
 def _box(name: str, value: str, more: str, before: str | None = None) -> str:
