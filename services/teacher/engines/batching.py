@@ -8,6 +8,7 @@ work behind: their units are dropped when they come up.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections import deque
@@ -44,7 +45,8 @@ class Answer(Generic[T]):
             if not self.future.done():
                 settle()
 
-        if not self._loop.is_closed():
+        # The loop may close at any moment when its process ends; then nobody waits for the answer.
+        with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(unless_done)
 
 
