@@ -377,13 +377,9 @@ def bench(
       tutelage bench
     """
     with one_line_errors():
-        if not Path("benchmarks/__main__.py").is_file():
-            raise FileNotFoundError("there is no benchmarks/ here; run this in a clone of the repository")
-        import subprocess
+        from launcher.bench import run_benchmarks
 
-        raise typer.Exit(
-            subprocess.run([sys.executable, "-m", "benchmarks", *(names or [])], check=False).returncode
-        )
+        raise typer.Exit(run_benchmarks(names or []))
 
 
 def main() -> None:
