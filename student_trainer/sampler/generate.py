@@ -7,6 +7,7 @@ K candidates. Logits exist for one position at a time, [B, V].
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -45,6 +46,10 @@ class Response:
     finished: bool  # False: cut at max_new_tokens
 
 
+class GenerationInterruptedError(Exception):
+    """Generation was told to stop; nothing of the call is kept."""
+
+
 class Generator(Protocol):
     """Whatever samples responses: transformers here, an inference engine later."""
 
@@ -54,7 +59,12 @@ class Generator(Protocol):
         """One response per row, in order.
 
         A row's random numbers depend on (seed, group, sample, step) only, never on the batch.
+        Raises GenerationInterruptedError soon after `interrupt` was called.
         """
+        ...
+
+    def interrupt(self) -> None:
+        """End the running call of `generate` and every later one; called from another thread."""
         ...
 
 
@@ -79,6 +89,7 @@ class TransformersGenerator:
         self._device = next(model.parameters()).device
         self._end_ids = torch.tensor(sorted(set(end_ids)), device=self._device)
         self._batch_size = batch_size
+        self._interrupted = threading.Event()
         self._max_positions = getattr(model.config, "max_position_embeddings", None)
 
     def generate(
@@ -98,6 +109,9 @@ class TransformersGenerator:
             responses.update(zip(indices, _split(steps, len(batch)), strict=True))
         return [responses[i] for i in range(len(rows))]
 
+    def interrupt(self) -> None:
+        self._interrupted.set()
+
     def _check_length(self, row: Row, max_new_tokens: int) -> None:
         prompt, limit = len(row.prompt_ids), self._max_positions
         if prompt < 1:
@@ -114,6 +128,8 @@ class TransformersGenerator:
         alive = torch.arange(len(batch), device=self._device)
         steps: list[_Step] = []
         for step in range(draws.shape[1]):
+            if self._interrupted.is_set():
+                raise GenerationInterruptedError
             choice = choose(logits, draws[alive, step], temperature=temperature, candidates=candidates)
             ended = torch.isin(choice.ids, self._end_ids)
             steps.append(_Step(alive, choice, ended))

@@ -105,6 +105,12 @@ class GroupSampler:
             groups.append(SampledGroup(group, self._requests(group)))
         return groups
 
+    def interrupt(self) -> None:
+        """End a running `sample` or evaluation with GenerationInterruptedError; for good."""
+        self.student.interrupt()
+        if self._other is not None:
+            self._other.generator.interrupt()
+
     def texts(self, responses: Sequence[Response]) -> list[str]:
         """The responses without special tokens."""
         texts: list[str] = self._tokenizer.batch_decode(

@@ -18,6 +18,7 @@ from student_trainer.policy_store import PolicyStore, PolicyVersion
 from student_trainer.run_queue import run_queue
 from student_trainer.sampler.build import build_sampler
 from student_trainer.sampler.evaluation import evaluate
+from student_trainer.sampler.generate import GenerationInterruptedError
 from student_trainer.sampler.groups import GroupSampler, SampledGroup
 from student_trainer.sampler.policy import StudentPolicy
 
@@ -119,15 +120,25 @@ class OrderService:
         self._counters = Counters()
 
     async def serve(self) -> None:
-        """Claim and work until stopped; an unfinished order goes back to the queue."""
-        while not self._stop.is_set():
-            for claim in await self._worker.claim(1, CLAIM_MS):
-                await self._attempt(claim)
+        """Claim and work until stopped; an unfinished order goes back to the queue at once."""
+        interrupter = asyncio.create_task(self._interrupt_when_stopped())
+        try:
+            while not self._stop.is_set():
+                for claim in await self._worker.claim(1, CLAIM_MS):
+                    await self._attempt(claim)
+        finally:
+            interrupter.cancel()
+
+    async def _interrupt_when_stopped(self) -> None:
+        await self._stop.wait()
+        self._sampler.interrupt()
 
     async def _attempt(self, claim: OrderClaim) -> None:
         """One delivery, ended in one way: finished, handed back, failed or given up."""
         try:
             done = await self._work(claim)
+        except GenerationInterruptedError:
+            done = False
         except TutelageError as error:
             log.error("order failed", order=claim.order.id, delivery=claim.deliveries, error=str(error))
             if error.code == "INTERNAL":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ from transformers import (
 from tutelage_client.errors import TutelageError
 
 from student_trainer.sampler.choose import choose
-from student_trainer.sampler.generate import Response, Row, TransformersGenerator
+from student_trainer.sampler.generate import GenerationInterruptedError, Response, Row, TransformersGenerator
 from student_trainer.sampler.uniforms import uniforms
 from student_trainer.sampler.verify import check_generator, plain_logprobs
 
@@ -223,6 +225,19 @@ def test_uniforms_belong_to_seed_group_sample_and_step() -> None:
     many = np.concatenate([uniforms(0, group, 0, 4) for group in range(5_000)])
     assert abs(many.mean() - 0.5) < 0.01
     assert 0.0 <= many.min() <= many.max() < 1.0
+
+
+def test_an_interrupt_ends_a_running_generation() -> None:
+    generator = TransformersGenerator(make_model(), end_ids=[VOCABULARY], batch_size=1)
+    options: dict[str, Any] = {"seed": 0, "temperature": 1.0, "max_new_tokens": 50}
+    assert len(generator.generate(make_rows(3), **options)) == 3
+    timer = threading.Timer(0.2, generator.interrupt)
+    timer.start()
+    started = time.monotonic()
+    with pytest.raises(GenerationInterruptedError):
+        generator.generate(make_rows(7, samples=10_000), **options)
+    assert time.monotonic() - started < 30, "70,000 responses take minutes"
+    timer.join()
 
 
 class OffByOne(TransformersGenerator):
