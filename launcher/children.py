@@ -23,7 +23,7 @@ class ChildSpec:
     name: str
     role: str  # "teacher", "sampler" or "trainer"
     arguments: tuple[str, ...]
-    grace_seconds: float = 30.0  # between SIGTERM and SIGKILL
+    grace_seconds: float = 40.0  # between SIGTERM and SIGKILL; longer than a replica drains
 
 
 @dataclass(frozen=True, slots=True)

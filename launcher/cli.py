@@ -5,17 +5,13 @@ Bad input ends with one clear line on stderr and exit status 2, never with a tra
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
-# Codes of TutelageError that trying again cannot cure: `tutelage up` does not restart such a child.
-PERMANENT = ("INVALID_ARGUMENT", "FAILED_PRECONDITION", "NOT_FOUND", "UNAUTHENTICATED")
+from launcher.cli_errors import one_line_errors
+from launcher.cli_teacher import teacher
 
 app = typer.Typer(
     name="tutelage",
@@ -42,39 +38,6 @@ app = typer.Typer(
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run file.", show_default=False)]
 Token = Annotated[str | None, typer.Option(envvar="TUTELAGE_TOKEN", help="The teacher's access token.")]
 EVERYTHING, PIECES, LOOK = "Everything at once", "One process at a time", "Look and check"
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turn what a person can fix into one line and exit status 2."""
-    from pydantic import ValidationError
-    from tutelage_client.errors import TutelageError
-
-    from student_trainer.config_errors import RunFileError
-
-    try:
-        yield
-    except (RunFileError, FileNotFoundError, NotADirectoryError) as error:
-        _refuse(str(error))
-    except TutelageError as error:
-        _refuse(error.message, EXIT_BAD_INPUT if error.code in PERMANENT else EXIT_FAILED)
-    except ValidationError as error:
-        _refuse("; ".join(_sentence(problem) for problem in error.errors(include_url=False)))
-
-
-def _sentence(problem: Any) -> str:
-    place = ".".join(str(part) for part in problem["loc"])
-    message = problem["msg"].removeprefix("Value error, ")
-    return (
-        f"{place}: got {problem['input']!r}; {message}"
-        if place and problem["type"] != "value_error"
-        else message
-    )
-
-
-def _refuse(message: str, status: int = EXIT_BAD_INPUT) -> None:
-    print(f"tutelage: {message}", file=sys.stderr)
-    raise typer.Exit(status)
 
 
 @app.command(rich_help_panel=EVERYTHING)
@@ -120,107 +83,7 @@ def up(run_file: RunFile) -> None:
         raise typer.Exit(run_up(run_file))
 
 
-@app.command(rich_help_panel=PIECES)
-def teacher(
-    *,
-    model: Annotated[
-        str | None, typer.Option(metavar="PATH_OR_ID", help="Local directory or hub id.", show_default=False)
-    ] = None,
-    name: Annotated[str, typer.Option(help="The name callers ask for.")] = "teacher",
-    engine: Annotated[
-        str, typer.Option(help="transformers, or fake (no model, for tests).")
-    ] = "transformers",
-    revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    max_batch_tokens: Annotated[int, typer.Option(help="Tokens of one forward pass.")] = 16_384,
-    deterministic: Annotated[
-        bool, typer.Option("--deterministic", help="Each request in its own pass, one thread.")
-    ] = False,
-    threads: Annotated[int | None, typer.Option(help="CPU threads of the engine.")] = None,
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; beyond loopback a token is required.")
-    ] = "127.0.0.1",
-    grpc_port: Annotated[int, typer.Option(help="0: any free port.")] = 50051,
-    http_port: Annotated[int, typer.Option(help="0: any free port.")] = 8081,
-    metrics_port: Annotated[int | None, typer.Option(help="Own port for /metrics.")] = None,
-    token: Annotated[
-        list[str] | None,
-        typer.Option(envvar="TUTELAGE_TOKEN", help="Accepted bearer token; may be repeated."),
-    ] = None,
-    token_file: Annotated[Path | None, typer.Option(help="More tokens, one per line.")] = None,
-    tls_certificate: Annotated[Path | None, typer.Option(help="PEM chain; turns TLS on.")] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="PEM private key.")] = None,
-    tls_client_authority: Annotated[
-        Path | None, typer.Option(help="PEM; callers must then present a certificate of it.")
-    ] = None,
-    queue: Annotated[
-        str | None, typer.Option(metavar="URL", help="Also take jobs from this Redis or Valkey.")
-    ] = None,
-    namespace: Annotated[str, typer.Option(help="Prefix of the queue's keys.")] = "tutelage",
-    heartbeat_seconds: Annotated[float, typer.Option(help="How often leases are renewed.")] = 10.0,
-    consumer: Annotated[str | None, typer.Option(help="This replica's name in the queue.")] = None,
-    ready_file: Annotated[Path | None, typer.Option(help="Written with the addresses once ready.")] = None,
-    fake: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="A setting of the fake engine; may be repeated."),
-    ] = None,
-) -> None:
-    """Serve a teacher: one replica, over gRPC and HTTP, and from the queue when given one.
-
-    Answers requests for log-probabilities of response tokens. SIGTERM drains: what
-    was accepted is finished first.
-
-    [bold]Examples[/bold]
-
-      tutelage teacher --model Qwen/Qwen3-8B --dtype bfloat16
-
-      tutelage teacher --model ./teacher --queue redis://10.0.0.5:6379
-
-      tutelage teacher --engine fake --fake vocab_size=32
-    """
-    with one_line_errors():
-        from services.teacher.settings import TeacherSettings
-
-        tls = {"certificate": tls_certificate, "key": tls_key, "client_authority": tls_client_authority}
-        settings = {
-            "name": name,
-            "engine": engine,
-            "model": model,
-            "revision": revision,
-            "dtype": dtype,
-            "device": device,
-            "max_batch_tokens": max_batch_tokens,
-            "deterministic": deterministic,
-            "threads": threads,
-            "fake": dict(_pair(text) for text in fake or []),
-            "service": {
-                "host": host,
-                "grpc_port": grpc_port,
-                "http_port": http_port,
-                "metrics_port": metrics_port,
-                "tokens": tuple(token or ()),
-                "token_file": token_file,
-                "tls": tls if any(tls.values()) else None,
-            },
-            "queue_url": queue,
-            "namespace": namespace,
-            "heartbeat_seconds": heartbeat_seconds,
-            "ready_file": ready_file,
-        }
-        if consumer is not None:
-            settings["consumer"] = consumer
-        checked = TeacherSettings.model_validate(settings)
-        from services.teacher.process import main as replica
-
-        raise typer.Exit(replica(checked))
-
-
-def _pair(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise typer.BadParameter(f"got {text!r}, must be KEY=VALUE", param_hint="--fake")
-    return key, value
+app.command(rich_help_panel=PIECES)(teacher)
 
 
 @app.command(rich_help_panel=PIECES)

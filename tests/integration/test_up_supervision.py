@@ -29,7 +29,7 @@ class Heard:
         self.details += detail
 
 
-def fake_teacher(name: str, *arguments: str, role: str = "teacher", grace: float = 30.0) -> ChildSpec:
+def fake_teacher(name: str, *arguments: str, role: str = "teacher", grace: float = 40.0) -> ChildSpec:
     ports = ("--grpc-port", "0", "--http-port", "0")
     return ChildSpec(name, role, ("teacher", "--engine", "fake", *ports, *arguments), grace)
 
@@ -91,7 +91,7 @@ def test_a_trainer_that_ends_without_having_finished_is_not_a_finished_run(tmp_p
 
 def test_a_child_that_ignores_the_request_to_stop_is_killed_and_named(tmp_path: Path) -> None:
     heard = Heard()
-    slow = fake_teacher("slow", "--fake", "load_seconds=60", grace=0.0)
+    slow = fake_teacher("slow", "--set", "fake.load_seconds=60", grace=0.0)
     supervisor = Supervisor([slow], tmp_path, heard)
     assert run(supervisor, stop_after=0.3) == "stopped"
     assert "slow did not stop within 0 s; killed" in heard.lines

@@ -95,9 +95,10 @@ BAD_INPUT = {
         ["teacher", "--engine", "fake", "--host", "0.0.0.0"],
         "without a token",
     ),
-    "fake setting without a value": (["teacher", "--engine", "fake", "--fake", "seed"], "KEY=VALUE"),
-    "unknown fake setting": (["teacher", "--engine", "fake", "--fake", "sed=1"], "fake.sed"),
+    "fake setting without a value": (["teacher", "--engine", "fake", "--set", "fake.seed"], "KEY=VALUE"),
+    "unknown fake setting": (["teacher", "--engine", "fake", "--set", "fake.sed=1"], "fake.sed"),
     "engine that does not exist": (["teacher", "--engine", "vlm"], "engine: got 'vlm'"),
+    "setting inside a number": (["teacher", "--set", "threads.x=1"], "has no settings of its own"),
     "score without a teacher": (["score", "rows.jsonl"], "exactly one of --teacher"),
     "score into an unknown format": (
         ["score", "rows.jsonl", "--model", "m", "--output", "out.csv"],

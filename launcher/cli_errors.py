@@ -1,0 +1,47 @@
+"""What a person can fix becomes one line on stderr and an exit status, never a traceback."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+
+EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
+# Codes of TutelageError that trying again cannot cure: `tutelage up` does not restart such a child.
+PERMANENT = ("INVALID_ARGUMENT", "FAILED_PRECONDITION", "NOT_FOUND", "UNAUTHENTICATED")
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn what a person can fix into one line and exit status 2."""
+    from pydantic import ValidationError
+    from tutelage_client.errors import TutelageError
+
+    from student_trainer.config_errors import RunFileError
+
+    try:
+        yield
+    except (RunFileError, FileNotFoundError, NotADirectoryError) as error:
+        _refuse(str(error))
+    except TutelageError as error:
+        _refuse(error.message, EXIT_BAD_INPUT if error.code in PERMANENT else EXIT_FAILED)
+    except ValidationError as error:
+        _refuse("; ".join(_sentence(problem) for problem in error.errors(include_url=False)))
+
+
+def _sentence(problem: Any) -> str:
+    place = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    return (
+        f"{place}: got {problem['input']!r}; {message}"
+        if place and problem["type"] != "value_error"
+        else message
+    )
+
+
+def _refuse(message: str, status: int = EXIT_BAD_INPUT) -> None:
+    print(f"tutelage: {message}", file=sys.stderr)
+    raise typer.Exit(status)

@@ -1,0 +1,126 @@
+"""`tutelage teacher`: command-line options to the settings of one replica."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from launcher.cli_errors import one_line_errors
+
+
+def teacher(
+    *,
+    model: Annotated[
+        str | None, typer.Option(metavar="PATH_OR_ID", help="Local directory or hub id.", show_default=False)
+    ] = None,
+    name: Annotated[str, typer.Option(help="The name callers ask for.")] = "teacher",
+    engine: Annotated[
+        str, typer.Option(help="transformers, or fake (no model, for tests).")
+    ] = "transformers",
+    revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    max_batch_tokens: Annotated[int, typer.Option(help="Tokens of one forward pass.")] = 16_384,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Each request in its own pass, one thread.")
+    ] = False,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of the engine.")] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; beyond loopback a token is required.")
+    ] = "127.0.0.1",
+    grpc_port: Annotated[int, typer.Option(help="0: any free port.")] = 50051,
+    http_port: Annotated[int, typer.Option(help="0: any free port.")] = 8081,
+    metrics_port: Annotated[int | None, typer.Option(help="Own port for /metrics.")] = None,
+    token: Annotated[
+        list[str] | None,
+        typer.Option(envvar="TUTELAGE_TOKEN", help="Accepted bearer token; may be repeated."),
+    ] = None,
+    token_file: Annotated[Path | None, typer.Option(help="More tokens, one per line.")] = None,
+    tls_certificate: Annotated[Path | None, typer.Option(help="PEM chain; turns TLS on.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM private key.")] = None,
+    tls_client_authority: Annotated[
+        Path | None, typer.Option(help="PEM; callers must then present a certificate of it.")
+    ] = None,
+    queue: Annotated[
+        str | None, typer.Option(metavar="URL", help="Also take jobs from this Redis or Valkey.")
+    ] = None,
+    namespace: Annotated[str, typer.Option(help="Prefix of the queue's keys.")] = "tutelage",
+    heartbeat_seconds: Annotated[float, typer.Option(help="How often leases are renewed.")] = 5.0,
+    consumer: Annotated[str | None, typer.Option(help="This replica's name in the queue.")] = None,
+    ready_file: Annotated[Path | None, typer.Option(help="Written with the addresses once ready.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Any other setting, dotted: limits.max_top_k=512, service.max_queued_tokens=2000000, "
+            "fake.vocab_size=32. May be repeated.",
+        ),
+    ] = None,
+) -> None:
+    """Serve a teacher: one replica, over gRPC and HTTP, and from the queue when given one.
+
+    Answers requests for log-probabilities of response tokens. SIGTERM drains: what
+    was accepted is finished first.
+
+    [bold]Examples[/bold]
+
+      tutelage teacher --model Qwen/Qwen3-8B --dtype bfloat16
+
+      tutelage teacher --model ./teacher --queue redis://10.0.0.5:6379
+
+      tutelage teacher --engine fake --set fake.vocab_size=32
+    """
+    with one_line_errors():
+        from services.teacher.settings import TeacherSettings
+
+        tls = {"certificate": tls_certificate, "key": tls_key, "client_authority": tls_client_authority}
+        settings: dict[str, Any] = {
+            "name": name,
+            "engine": engine,
+            "model": model,
+            "revision": revision,
+            "dtype": dtype,
+            "device": device,
+            "max_batch_tokens": max_batch_tokens,
+            "deterministic": deterministic,
+            "threads": threads,
+            "service": {
+                "host": host,
+                "grpc_port": grpc_port,
+                "http_port": http_port,
+                "metrics_port": metrics_port,
+                "tokens": tuple(token or ()),
+                "token_file": token_file,
+                "tls": tls if any(tls.values()) else None,
+            },
+            "queue_url": queue,
+            "namespace": namespace,
+            "heartbeat_seconds": heartbeat_seconds,
+            "ready_file": ready_file,
+        }
+        if consumer is not None:
+            settings["consumer"] = consumer
+        for text in set_ or []:
+            _set(settings, text)
+        checked = TeacherSettings.model_validate(settings)
+        from services.teacher.process import main as replica
+
+        raise typer.Exit(replica(checked))
+
+
+def _set(settings: dict[str, Any], text: str) -> None:
+    """Apply one KEY=VALUE; the settings themselves refuse keys that do not exist."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise typer.BadParameter(f"got {text!r}, must be KEY=VALUE", param_hint="--set")
+    *sections, last = key.split(".")
+    for section in sections:
+        settings = settings.setdefault(section, {})
+        if not isinstance(settings, dict):
+            raise typer.BadParameter(
+                f"got {text!r}, {section} has no settings of its own", param_hint="--set"
+            )
+    settings[last] = value
