@@ -1,0 +1,158 @@
+"""`tutelage doctor`: what would go wrong with a run file is said before it does."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from support.teachers import teacher_process
+from support.training_run import write_model
+from typer.testing import CliRunner
+
+from launcher.cli import app
+from services.queue.embedded import EmbeddedServer
+
+ROOT = Path(__file__).parents[2]
+
+RUN_FILE = """
+[run]
+directory = "{root}/run"
+[queue]
+url = "{queue}"
+[teachers.big]
+{teacher}
+[student]
+model = "{root}/student"
+[data]
+{data}
+[sampling]
+max_new_tokens = {max_new_tokens}
+[objective]
+divergence = "kl_student_teacher"
+support = "teacher_topk"
+k = {k}
+estimator = "pathwise"
+[training]
+steps = 1
+"""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import AutoModelForCausalLM
+
+    from student_trainer.tasks.characters import character_tokenizer
+
+    root = tmp_path_factory.mktemp("doctor")
+    for name in ("student", "teacher", "stranger", "narrow"):
+        write_model(root / name, seed=1)
+    character_tokenizer("0123456789+=,:abc").save_pretrained(root / "stranger")
+    narrow = AutoModelForCausalLM.from_pretrained(root / "narrow")
+    narrow.resize_token_embeddings(8)
+    narrow.save_pretrained(root / "narrow")
+    return root
+
+
+@pytest.fixture(scope="module")
+def address(root: Path) -> Iterator[str]:
+    settings: dict[str, Any] = {"name": "big", "fake": {"vocab_size": 32}, "limits": {"max_top_k": 4}}
+    with teacher_process(root / "replica", **settings) as teacher:
+        yield teacher.grpc
+
+
+def examine(root: Path, **changes: str | int) -> Result:
+    values = {
+        "root": root,
+        "queue": "embedded",
+        "teacher": f'model = "{root}/teacher"',
+        "data": 'task = "addition"',
+        "max_new_tokens": 8,
+        "k": 4,
+    }
+    path = root / "run.toml"
+    path.write_text(RUN_FILE.format(**(values | changes)))
+    return CliRunner().invoke(app, ["doctor", str(path)], env={"COLUMNS": "400"})
+
+
+def lines(result: Result, mark: str) -> list[str]:
+    return [" ".join(line.split()[1:]) for line in result.stdout.splitlines() if line.startswith(mark + " ")]
+
+
+def test_a_run_that_fits_has_nothing_to_complain_about(root: Path) -> None:
+    result = examine(root)
+    assert result.exit_code == 0, result.output
+    assert lines(result, "fail") + lines(result, "warn") + lines(result, "?") == []
+    assert any("the same as the student's" in line for line in lines(result, "ok"))
+    assert "nothing found that would fail" in result.stdout
+
+
+def test_memory_is_counted_for_every_process(root: Path) -> None:
+    result = examine(root, teacher=f'model = "{root}/teacher"\nreplicas = 2')
+    (memory,) = [line for line in lines(result, "ok") if line.startswith("memory")]
+    assert all(name in memory for name in ("big-0", "big-1", "trainer", "sampler-0"))
+
+
+TROUBLE: dict[str, tuple[dict[str, str | int], str]] = {
+    "another tokenizer": ({"teacher": 'model = "{root}/stranger"'}, "differs from the student's"),
+    "too small a vocabulary": ({"teacher": 'model = "{root}/narrow"'}, "cannot score"),
+    "a model that is not there": ({"teacher": 'model = "{root}/nobody"'}, "there is no such directory"),
+    "k above the teacher's limit": ({"k": 300}, "above the teacher's limit 256"),
+    "responses longer than the model": ({"max_new_tokens": 100}, "takes 64 tokens"),
+    "data that is not there": ({"data": 'path = "{root}/nothing.jsonl"'}, "there is no such file"),
+    "a teacher nobody serves": ({"teacher": 'address = "127.0.0.1:1"'}, "127.0.0.1:1"),
+    "a queue nobody runs": ({"queue": "redis://127.0.0.1:1"}, "redis://127.0.0.1:1"),
+}
+
+
+@pytest.mark.parametrize("case", TROUBLE)
+def test_what_would_fail_is_said_and_fails_the_command(case: str, root: Path) -> None:
+    changes, expected = TROUBLE[case]
+    filled = {key: v.format(root=root) if isinstance(v, str) else v for key, v in changes.items()}
+    result = examine(root, **filled)
+    assert result.exit_code == 1, result.output
+    assert any(expected in line for line in lines(result, "fail")), result.output
+
+
+def test_a_served_teacher_is_asked_for_its_own_limits(root: Path, address: str) -> None:
+    result = examine(root, teacher=f'address = "{address}"\nengine = "fake"', k=5)
+    assert result.exit_code == 1
+    assert any("above the teacher's limit 4" in line for line in lines(result, "fail"))
+    assert any(line.startswith("teacher big ready: ") for line in lines(result, "ok"))
+
+
+def test_a_queue_that_would_lose_work_is_refused(root: Path) -> None:
+    with EmbeddedServer(root / "queue") as server:
+        from services.queue.connection import connect_blocking
+
+        assert "version and settings are right" in examine(root, queue=server.url).stdout
+        connect_blocking(server.url, 5.0).config_set("maxmemory-policy", "allkeys-lru")
+        result = examine(root, queue=server.url)
+        assert any("noeviction" in line for line in lines(result, "fail"))
+        connect_blocking(server.url, 5.0).config_set("maxmemory-policy", "noeviction")
+        connect_blocking(server.url, 5.0).config_set("appendonly", "no")
+        result = examine(root, queue=server.url)
+        assert result.exit_code == 0
+        assert any("append-only" in line for line in lines(result, "warn"))
+
+
+def test_hub_models_that_are_not_here_are_said_to_be_unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    recipe = ROOT / "recipes" / "qwen3-8b-to-0.6b.toml"
+    result = CliRunner().invoke(app, ["doctor", str(recipe)], env={"COLUMNS": "400"})
+    assert result.exit_code == 0, result.output
+    assert any("Qwen/Qwen3-8B is not in the local" in line for line in lines(result, "?"))
+    assert re.search(r"[1-9]\d* could not be checked here", result.stdout)
+
+
+@pytest.mark.parametrize("recipe", sorted(path.name for path in (ROOT / "recipes").glob("*.toml")))
+def test_every_recipe_is_a_run_file_that_works(recipe: str) -> None:
+    from student_trainer.config import load_run_config
+
+    config = load_run_config(ROOT / "recipes" / recipe)
+    assert config.run.directory.name == config.run.name
+    assert json.dumps(config.run.name) in (ROOT / "recipes" / recipe).read_text()
