@@ -278,8 +278,14 @@ async def test_an_exact_order_waits_for_its_version_and_others_take_the_newest(
         run.publish(2)
         await run.order(1, policy_version=0)
         newest = await run.scored()
+        await run.order(2, policy_version=3)
+        await asyncio.sleep(0.5)
+        assert await run.open_orders() == 1, "an older policy is not good enough"
+        run.publish(3)
+        awaited = await run.scored()
     assert {k: v for k, (v, _) in exact.items()} == run.expected(1, range(5))
     assert {k: v for k, (v, _) in newest.items()} == run.expected(2, range(5, 10))
+    assert {k: v for k, (v, _) in awaited.items()} == run.expected(3, range(10, 15))
 
 
 async def test_weights_are_read_again_when_a_version_is_published_anew(make_run: Callable[..., Run]) -> None:
