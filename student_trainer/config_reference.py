@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import types
 import typing
 from pathlib import Path
@@ -32,7 +33,13 @@ def reference_markdown() -> str:
     Raises:
         ValueError: a key has no description.
     """
-    sections: list[str] = []
+    sections = [
+        "# The run file",
+        "",
+        "Every section and key, generated from the code: "
+        "`python -m student_trainer.config_reference docs/configuration.md`. Unknown keys are refused.",
+        "",
+    ]
     _add_sections(RunConfig, "", sections)
     return "\n".join(sections).rstrip() + "\n"
 
@@ -108,3 +115,7 @@ def _inner_models(annotation: Any) -> list[type[BaseModel]]:
 
 def _is_dict(annotation: Any) -> bool:
     return typing.get_origin(annotation) is dict
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(reference_markdown())
