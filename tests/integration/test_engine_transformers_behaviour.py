@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import structlog
 import torch
 from support.engine_requests import Reference, assert_scores, random_request, run_engine
 from support.tiny_models import VOCAB, save_tiny_model, tiny_model
@@ -161,7 +162,9 @@ async def test_a_failing_request_fails_alone(
 
     monkeypatch.setattr(PackedScorer, "score", fragile)
     names = ["a", "b", "bad", "c"]
-    answers = await asyncio.gather(*(engine.score(named(n)) for n in names), return_exceptions=True)
+    with structlog.testing.capture_logs() as logs:
+        answers = await asyncio.gather(*(engine.score(named(n)) for n in names), return_exceptions=True)
+    assert [entry["event"] for entry in logs] == ["batch_failed"]
     for name, answer in zip(names, answers, strict=True):
         if name == "bad":
             assert isinstance(answer, TutelageError)
@@ -169,6 +172,19 @@ async def test_a_failing_request_fails_alone(
         else:
             assert not isinstance(answer, BaseException)
             assert answer.request_id == name
+    assert (await engine.score(named("after"))).request_id == "after"
+
+
+async def test_the_engine_outlives_a_fault_of_its_own(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def faulty(*_: Any) -> None:
+        raise ZeroDivisionError("a bug after the forward pass")
+
+    with monkeypatch.context() as patched, structlog.testing.capture_logs():
+        patched.setattr(TransformersEngine, "_record", faulty)
+        with pytest.raises(TutelageError, match=r"INTERNAL.*ZeroDivisionError"):
+            await engine.score(named("unlucky"))
     assert (await engine.score(named("after"))).request_id == "after"
 
 

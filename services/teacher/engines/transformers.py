@@ -135,7 +135,15 @@ class TransformersEngine:
             if isinstance(work, Control):
                 _attempt(work.run, work.answer, "control")
             else:
-                self._run(work)
+                self._outlive(work)
+
+    def _outlive(self, batch: list[Unit]) -> None:
+        """Run a batch; whatever goes wrong, its callers hear of it and the thread goes on."""
+        try:
+            self._run(batch)
+        except Exception as error:
+            log.exception("engine_failed", during="batch")
+            _fail(list(dict.fromkeys(unit.job for unit in batch)), error)
 
     def _open(self) -> None:
         loaded = self._load()
@@ -186,9 +194,7 @@ class TransformersEngine:
                     self._run([unit for unit in batch if unit.job is job])
                 return
             log.exception("batch_failed", sequences=sum(len(unit.sequences) for unit in batch))
-            message = f"engine: the forward pass failed with {type(error).__name__}: {error}"
-            jobs[0].failed = True
-            jobs[0].answer.fail(TutelageError("INTERNAL", message))
+            _fail(jobs, error)
             return
         self._record(batch, scores, time.perf_counter() - began)
 
@@ -236,6 +242,13 @@ def _attempt(run: Callable[[], None], answer: Answer[None], what: str) -> bool:
         return False
     answer.resolve(None)
     return True
+
+
+def _fail(jobs: list[Job], error: Exception) -> None:
+    for job in jobs:
+        job.failed = True
+        message = f"engine: scoring failed with {type(error).__name__}: {error}"
+        job.answer.fail(TutelageError("INTERNAL", message))
 
 
 def _name(dtype: torch.dtype) -> str:
