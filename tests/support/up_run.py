@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from support.training_run import wait_until
 
-STEPS = 40
+STEPS = 30
 HEARTBEAT = 0.5
 
 RUN_FILE = """
