@@ -56,6 +56,15 @@ def test_rows_that_are_not_finite_are_masked_and_others_are_not(column: int, val
         assert got[name][1:].isfinite().sum() == got[name][1:].numel() - (2 if name == "candidates" else 0)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_row_that_is_not_finite_is_masked_when_only_the_sampled_token_is_asked(value: float) -> None:
+    logits = torch.randn(3, 20)
+    logits[1, 9] = value
+    got = score_logits(logits, torch.tensor([0, 1, 2]), None, RowSignal(0, 0, False, 1.0))
+    assert got["valid"].tolist() == [True, False, True]
+    assert got["sampled"].isnan().tolist() == [False, True, False]
+
+
 class Largest(TorchDispatchMode):
     """Remembers the size of the largest tensor that any operation made."""
 
