@@ -116,12 +116,13 @@ def measure(variant: str, tokens: int, hidden: int, vocabulary: int) -> dict[str
     STEPS[variant](_problem(8, 16, 1000))  # imports, thread pools and allocators are warm
     problem = _problem(tokens, hidden, vocabulary)
     with PeakMemory() as memory:
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), time.process_time()
         loss = STEPS[variant](problem)
-        seconds = time.perf_counter() - started
+        seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - worked
     norms = [float(problem[name].grad.double().norm()) for name in ("hidden", "weight")]
     return {
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "bytes": memory.extra,
         "loss": float(loss),
         "hidden_gradient": norms[0],
@@ -165,20 +166,29 @@ def report(runs: dict[str, list[dict[str, float]]], arguments: argparse.Namespac
     from rich.console import Console
     from rich.table import Table
 
-    seconds = {name: statistics.median(run["seconds"] for run in runs[name]) for name in VARIANTS}
-    peaks = {name: statistics.median(run["bytes"] for run in runs[name]) for name in VARIANTS}
+    seconds, cpu, peaks = (
+        {name: statistics.median(run[figure] for run in runs[name]) for name in VARIANTS}
+        for figure in ("seconds", "cpu_seconds", "bytes")
+    )
     table = Table(
         title=f"full-vocabulary KL, float32, {arguments.tokens} tokens, hidden {arguments.hidden}, "
         f"vocabulary {arguments.vocabulary}, one thread, median of {arguments.runs}"
     )
-    for column in ("variant", "seconds", "peak extra memory", "loss"):
+    for column in ("variant", "seconds", "CPU seconds", "peak extra memory", "loss"):
         table.add_column(column, justify="left" if column == "variant" else "right")
     for name in VARIANTS:
         table.add_row(
-            name, f"{seconds[name]:.2f}", f"{peaks[name] / 2**20:,.0f} MiB", f"{runs[name][0]['loss']:.6f}"
+            name,
+            f"{seconds[name]:.2f}",
+            f"{cpu[name]:.2f}",
+            f"{peaks[name] / 2**20:,.0f} MiB",
+            f"{runs[name][0]['loss']:.6f}",
         )
-    ratios = {"time": seconds["chunked"] / seconds["plain"], "memory": peaks["chunked"] / peaks["plain"]}
-    table.add_row("chunked / plain", f"{ratios['time']:.3f}", f"{ratios['memory']:.3f}", "")
+    ratios = {
+        name: medians["chunked"] / medians["plain"]
+        for name, medians in (("time", seconds), ("cpu", cpu), ("memory", peaks))
+    }
+    table.add_row("chunked / plain", *(f"{ratios[name]:.3f}" for name in ("time", "cpu", "memory")), "")
     Console().print(table)
     for name, medians, unit in (("time", seconds, "seconds"), ("memory", peaks, "bytes")):
         record(
