@@ -63,8 +63,11 @@ class Admission:
         now = self._clock()
         elapsed, self._mark = now - self._mark, now
         keep = math.exp(-elapsed / _MEMORY_SECONDS)
-        self._done_tokens = self._done_tokens * keep + tokens
-        self._busy_seconds = self._busy_seconds * keep + elapsed
+        # An exponential average over busy time, in which even a long interval counts no more than that.
+        seconds = -math.expm1(-elapsed / _MEMORY_SECONDS) * _MEMORY_SECONDS
+        share = seconds / elapsed if elapsed > 0 else 1.0
+        self._done_tokens = self._done_tokens * keep + tokens * share
+        self._busy_seconds = self._busy_seconds * keep + seconds
 
     def _check_room(self, tokens: int, remaining_seconds: float | None) -> None:
         rate = self.tokens_per_second

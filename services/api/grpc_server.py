@@ -7,6 +7,8 @@ INVALID_ARGUMENT; gRPC's own deserialisation would answer INTERNAL.
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn, TypeVar
 
@@ -37,6 +39,7 @@ class GrpcServer:
     def __init__(self, core: ScoringCore, settings: ServiceSettings) -> None:
         self._settings = settings
         self._health = health.aio.HealthServicer()
+        self._calls = _OpenCalls()
         self._server = grpc.aio.server(
             interceptors=[_Authorize(TokenCheck(settings.read_tokens()))],
             options=[
@@ -45,7 +48,7 @@ class GrpcServer:
                 ("grpc.so_reuseport", 0),  # a taken port is an error, not a silent split of the traffic
             ],
         )
-        self._server.add_generic_rpc_handlers((_handlers(_Servicer(core)),))
+        self._server.add_generic_rpc_handlers((_handlers(_Servicer(core, self._calls)),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
@@ -70,8 +73,23 @@ class GrpcServer:
         """Health says NOT_SERVING from now on; running calls go on."""
         await self._health.enter_graceful_shutdown()
 
-    async def stop(self, grace_seconds: float) -> None:
-        await self._server.stop(grace_seconds)
+    async def settle(self, quiet_seconds: float, at_most_seconds: float) -> None:
+        """Return once no call has been open for a while, so that every answer is on its way.
+
+        Callers that keep coming are refused and do not hold this up for longer than `at_most_seconds`.
+        """
+        clock = asyncio.get_running_loop().time
+        end = clock() + at_most_seconds
+        while clock() < end and self._calls.quiet_for() < quiet_seconds:  # noqa: ASYNC110 - quiet is no event
+            await asyncio.sleep(quiet_seconds / 10)
+
+    async def stop(self) -> None:
+        """End every call and close; for a process that lives on afterwards.
+
+        gRPC for asyncio (seen with 1.78) can crash here while callers keep coming: a process that is
+        about to end should end without it.
+        """
+        await self._server.stop(None)
 
     def _bind(self, address: str) -> int:
         tls = self._settings.tls
@@ -90,13 +108,35 @@ class GrpcServer:
             await self._health.set(name, status)
 
 
+class _OpenCalls:
+    """Calls whose answer gRPC has not yet sent."""
+
+    def __init__(self) -> None:
+        self._open = 0
+        self._last_end = -math.inf
+
+    def add(self, context: Context) -> None:
+        self._open += 1
+        context.add_done_callback(lambda _context: self._ended())
+
+    def quiet_for(self) -> float:
+        """Seconds since the last call ended; 0 while there is one."""
+        return 0.0 if self._open else time.monotonic() - self._last_end
+
+    def _ended(self) -> None:
+        self._open -= 1
+        self._last_end = time.monotonic()
+
+
 class _Servicer:
     """Bytes in, bytes out."""
 
-    def __init__(self, core: ScoringCore) -> None:
+    def __init__(self, core: ScoringCore, calls: _OpenCalls) -> None:
         self._core = core
+        self._calls = calls
 
     async def get_teacher(self, data: bytes, context: Context) -> bytes:
+        self._calls.add(context)
         try:
             request = _parse(pb.GetTeacherRequest, data)
             return codec.teacher_to_proto(self._core.teacher(request.teacher)).SerializeToString()
@@ -104,6 +144,7 @@ class _Servicer:
             await _abort(context, error)
 
     async def score(self, data: bytes, context: Context) -> bytes:
+        self._calls.add(context)
         try:
             message = _parse(pb.ScoreRequest, data)
             return await self._answer(message, context.time_remaining(), "grpc")
@@ -112,6 +153,7 @@ class _Servicer:
 
     async def score_stream(self, _messages: object, context: Context) -> None:
         """Answer as answers finish; when the service is full, read no further instead of refusing."""
+        self._calls.add(context)
         stream = _Stream(context)
         draining = asyncio.create_task(self._core.draining.wait())
         try:

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import structlog
 from tutelage_client.errors import TutelageError
@@ -27,20 +28,36 @@ from services.teacher.engine import Engine
 from services.teacher.puller import Puller
 from services.teacher.settings import TeacherSettings
 
-_CLOSE_SECONDS = 1.0
+_CLOSE_SECONDS = 2.0
+_QUIET_SECONDS = 0.2
 
 _log = structlog.get_logger(__name__)
 
 
-def main(settings: TeacherSettings) -> int:
-    """Run until SIGTERM or SIGINT; 0 when everything accepted was finished, 1 otherwise."""
+def main(settings: TeacherSettings) -> NoReturn:
+    """Run until SIGTERM or SIGINT and end the process: 0 when everything accepted was finished, else 1.
+
+    The process ends without the interpreter's own shutdown: tearing a gRPC server down while callers
+    keep coming can crash (see GrpcServer.stop), and a closed socket tells them all they need.
+    """
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     structlog.contextvars.bind_contextvars(teacher=settings.name, replica=settings.consumer)
+    asyncio.run(_run_to_the_end(settings))
+    raise AssertionError("the process has ended")
+
+
+async def _run_to_the_end(settings: TeacherSettings) -> NoReturn:
     try:
-        return asyncio.run(Replica(settings).run())
+        status = await Replica(settings).run()
     except (OSError, TutelageError) as error:
         _log.error("cannot_serve", error=str(error))
-        return 1
+        status = 1
+    except Exception:  # noqa: BLE001 - logged, and nobody is left to raise it to
+        _log.exception("replica_failed")
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 class Replica:
@@ -150,7 +167,7 @@ class Replica:
             await asyncio.wait({pulling})
 
     async def _close(self) -> None:
-        await self._grpc.stop(_CLOSE_SECONDS)
+        await self._grpc.settle(_QUIET_SECONDS, _CLOSE_SECONDS)
         for server in self._http:
             await server.stop(_CLOSE_SECONDS)
         await self._engine.close()

@@ -95,7 +95,7 @@ async def serve(scorer: Scorer, **service: Any) -> AsyncIterator[Doors]:
         yield Doors(core, grpc_server.address, http_server.url)
     finally:
         core.begin_drain()
-        await grpc_server.stop(0)
+        await grpc_server.stop()
         await http_server.stop(0.2)
 
 

@@ -57,7 +57,11 @@ def as_tutelage_error(error: grpc.RpcError) -> TutelageError:
     for name, value in error.trailing_metadata() or ():
         if name == "retry-after" and isinstance(value, str):
             retry_after = _seconds(value)
-    return TutelageError(error.code().name, error.details() or "no details", retry_after)
+    code = error.code().name
+    if code == "CANCELLED":
+        # Nobody here cancelled: a teacher, or a proxy, ends its calls like this when it goes away.
+        code = "UNAVAILABLE"
+    return TutelageError(code, error.details() or "no details", retry_after)
 
 
 def _seconds(value: str) -> float | None:
