@@ -129,7 +129,8 @@ class Worker(Generic[C]):
 
     async def release(self, claim: C) -> None:
         """Hand back at once without counting the delivery (draining)."""
-        await self._end(claim, "release", claim.entry, self.consumer, self._settings.lease_ms)
+        before = claim.deliveries - 1
+        await self._end(claim, "release", claim.entry, self.consumer, self._settings.lease_ms, before)
 
     def _parse(self, entry: str, deliveries: int, fields: Fields) -> C:
         raise NotImplementedError

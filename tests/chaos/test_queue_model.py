@@ -1,7 +1,7 @@
 """A state machine on a real server: no order of adds, reads, commits, crashes, reclaims and trims breaks it.
 
-The model predicts the exact answer of every operation. Time is simulated: no heartbeat runs, and a crash
-makes the leases of the crashed worker run out at once.
+The model predicts the exact answer of every operation, and of its repetition, as after a lost reply.
+Time is simulated: no heartbeat runs, and a crash makes the leases of the crashed worker run out at once.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
+    initialize,
     invariant,
     precondition,
     rule,
@@ -34,6 +35,8 @@ from services.queue import (
     ScoredReader,
     Submitted,
 )
+from services.queue.keys import StreamKeys
+from services.queue.streams import read_group
 
 pytest_plugins = ["support.queue_server"]
 
@@ -42,6 +45,8 @@ TEACHERS = ("big", "small")  # a view is named after its teacher
 MAX_DELIVERIES = 3
 LEASE = LeaseSettings(heartbeat=3600, max_deliveries=MAX_DELIVERIES)
 NAMESPACES = itertools.count()
+TEACHER = st.sampled_from(TEACHERS)
+VIEWS = st.sampled_from([("big",), ("small",), TEACHERS, ()])
 PICK = st.integers(0, 99)
 COUNT = st.integers(1, 4)
 
@@ -65,7 +70,7 @@ class Job:
 
     group: int
     view: str
-    state: str = "waiting"  # waiting → held ⇄ loose → done
+    state: str = "waiting"  # waiting → (orphan →) held ⇄ loose → done
     deliveries: int = 0
 
 
@@ -95,16 +100,19 @@ class Model:
         return [job for job in self.jobs if job.view == teacher and job.state == state]
 
     def claim(self, teacher: str, count: int) -> list[Job]:
-        """Loose jobs first, in stream order, the exhausted ones buried; then waiting ones."""
-        loose = self.open(teacher, "loose")
-        for job in loose:
+        """Loose jobs first, in stream order, the exhausted ones buried; orphans; then waiting ones."""
+        for job in self.open(teacher, "loose"):
             if job.deliveries == MAX_DELIVERIES:
                 self.bury(job)
-        taken = [job for job in loose if job.state == "loose"][:count]
-        taken += self.open(teacher, "waiting")[: count - len(taken)]
-        for job in taken:
-            job.state, job.deliveries = "held", job.deliveries + 1
+        taken: list[Job] = []
+        for state, counted in (("loose", 1), ("orphan", 0), ("waiting", 1)):
+            for job in self.open(teacher, state)[: count - len(taken)]:
+                job.state, job.deliveries = "held", job.deliveries + counted
+                taken.append(job)
         return taken
+
+    def busy(self, teacher: str) -> int:
+        return sum(len(self.open(teacher, state)) for state in ("held", "loose", "orphan"))
 
     def bury(self, job: Job) -> None:
         job.state = "done"
@@ -125,8 +133,18 @@ class Model:
         return True
 
 
+async def age(client: Any, stream: StreamKeys, consumer: str) -> None:
+    """Let the leases of a consumer run out: its pending entries have been idle for long."""
+    rows = await client.xpending_range(stream.stream, stream.group, "-", "+", 1000, consumername=consumer)
+    for row in rows:
+        await client.xclaim(
+            stream.stream, stream.group, consumer, 0, [row["message_id"]],
+            idle=2 * LEASE.lease_ms, retrycount=row["times_delivered"], justid=True,
+        )  # fmt: skip
+
+
 class QueueMachine(RuleBasedStateMachine):
-    """Two teachers with two workers each, producers, and one trainer that restarts."""
+    """Two teachers, producers, and one trainer that restarts; every crashed worker is replaced."""
 
     url: ClassVar[str] = ""
     loop: ClassVar[asyncio.AbstractEventLoop]
@@ -135,7 +153,7 @@ class QueueMachine(RuleBasedStateMachine):
         super().__init__()
         self.queue = Queue(self.url, f"model:{next(NAMESPACES)}", lease=LEASE)
         self.model = Model()
-        self.workers = [self.start_worker(teacher) for teacher in TEACHERS * 2]
+        self.workers = {teacher: self.start_worker(teacher) for teacher in TEACHERS}
         self.claims: list[tuple[JobWorker, JobClaim]] = []
         self.zombies: list[tuple[JobWorker, JobClaim]] = []
         self.restart_trainer()
@@ -156,7 +174,12 @@ class QueueMachine(RuleBasedStateMachine):
         worker, claim = self.claims.pop(pick % len(self.claims))
         return worker, claim, self.model.job(claim)
 
-    @rule(views=st.sampled_from([(), ("big",), ("small",), TEACHERS]))
+    @initialize(groups=st.lists(VIEWS, min_size=2, max_size=6))
+    def begin_with_groups(self, groups: list[tuple[str, ...]]) -> None:
+        for views in groups:
+            self.add(views)
+
+    @rule(views=VIEWS)
     def add(self, views: tuple[str, ...]) -> None:
         index = len(self.model.views)
         requests = [make_request(teacher, teacher) for teacher in views]
@@ -170,9 +193,10 @@ class QueueMachine(RuleBasedStateMachine):
         group = make_group(RUN, present[pick % len(present)])
         assert self.do(self.queue.submit_group(group, [make_request("big", "big")])) is Submitted.EXISTS
 
-    @rule(which=st.integers(0, 3), count=COUNT)
-    def read(self, which: int, count: int) -> None:
-        worker, teacher = self.workers[which], (TEACHERS * 2)[which]
+    @precondition(lambda self: any(job.state in ("waiting", "loose", "orphan") for job in self.model.jobs))
+    @rule(teacher=TEACHER, count=COUNT)
+    def read(self, teacher: str, count: int) -> None:
+        worker = self.workers[teacher]
         worker._next_scan = 0.0
         claims = self.do(worker.claim(count, 0))
         expected = self.model.claim(teacher, count)
@@ -180,12 +204,23 @@ class QueueMachine(RuleBasedStateMachine):
         assert [claim.deliveries for claim in claims] == [job.deliveries for job in expected]
         self.claims += [(worker, claim) for claim in claims]
 
+    @precondition(lambda self: any(job.state == "waiting" for job in self.model.jobs))
+    @rule(teacher=TEACHER, count=COUNT)
+    def read_and_lose_the_reply(self, teacher: str, count: int) -> None:
+        worker = self.workers[teacher]
+        self.do(read_group(self.queue._client, worker._stream, worker.consumer, count=count, wait=0))
+        worker._reply_lost = True
+        for job in self.model.open(teacher, "waiting")[:count]:
+            job.state, job.deliveries = "orphan", 1
+
     @precondition(lambda self: self.claims)
-    @rule(pick=PICK)
-    def commit(self, pick: int) -> None:
+    @rule(pick=PICK, twice=st.booleans())
+    def commit(self, pick: int, twice: bool) -> None:
         worker, claim, job = self.pop_claim(pick)
         tag = str(next(self.tags))
-        assert self.do(worker.commit(claim, make_scores(tag))) is self.model.commit(job, tag)
+        expected = self.model.commit(job, tag)
+        for _ in range(1 + twice):
+            assert self.do(worker.commit(claim, make_scores(tag))) is expected
 
     @precondition(lambda self: self.zombies)
     @rule(pick=PICK)
@@ -211,46 +246,42 @@ class QueueMachine(RuleBasedStateMachine):
             self.claims.remove((worker, claim))
 
     @precondition(lambda self: self.claims)
-    @rule(pick=PICK)
-    def fail(self, pick: int) -> None:
+    @rule(pick=PICK, twice=st.booleans())
+    def fail(self, pick: int, twice: bool) -> None:
         worker, claim, job = self.pop_claim(pick)
-        outcome = self.do(worker.fail(claim, "INTERNAL: no"))
-        if job.state == "done":
-            assert outcome is Failed.LOST
-        elif job.deliveries == MAX_DELIVERIES:
-            assert outcome is Failed.DEAD
-            self.model.bury(job)
-        else:
-            assert outcome is Failed.RETRY
-            job.state = "loose"
+        for _ in range(1 + twice):
+            outcome = self.do(worker.fail(claim, "INTERNAL: no"))
+            if job.state == "done":
+                assert outcome is Failed.LOST
+            elif job.deliveries == MAX_DELIVERIES:
+                assert outcome is Failed.DEAD
+                self.model.bury(job)
+            else:
+                assert outcome is Failed.RETRY
+                job.state = "loose"
 
     @precondition(lambda self: self.claims)
-    @rule(pick=PICK)
-    def release(self, pick: int) -> None:
+    @rule(pick=PICK, twice=st.booleans())
+    def release(self, pick: int, twice: bool) -> None:
         worker, claim, job = self.pop_claim(pick)
-        self.do(worker.release(claim))
+        for _ in range(1 + twice):
+            self.do(worker.release(claim))
         if job.state == "held":
             job.state, job.deliveries = "loose", job.deliveries - 1
 
-    @rule(which=st.integers(0, 3))
-    def crash(self, which: int) -> None:
-        worker = self.workers[which]
-        self.workers[which] = self.start_worker((TEACHERS * 2)[which])
-        lost = [(owner, claim) for owner, claim in self.claims if owner is worker]
+    @precondition(lambda self: self.claims or any(self.model.open(t, "orphan") for t in TEACHERS))
+    @rule(teacher=TEACHER)
+    def crash(self, teacher: str) -> None:
+        """The worker is gone, or so slow that its leases run out; another takes its place."""
+        worker, stream = self.workers[teacher], self.queue.keys.jobs(teacher)
+        self.workers[teacher] = self.start_worker(teacher)
+        self.zombies += [(owner, claim) for owner, claim in self.claims if owner is worker]
         self.claims = [(owner, claim) for owner, claim in self.claims if owner is not worker]
-        self.zombies += lost
-        for _, claim in lost:
-            job = self.model.job(claim)
-            if job.state == "held":
-                job.state = "loose"
-                stream = worker._stream
-                idle = 2 * LEASE.lease_ms
-                self.do(
-                    self.queue._client.xclaim(
-                        stream.stream, stream.group, worker.consumer, 0, [claim.entry], idle=idle, justid=True
-                    )
-                )
+        for job in self.model.open(teacher, "held") + self.model.open(teacher, "orphan"):
+            job.state = "loose"
+        self.do(age(self.queue._client, stream, worker.consumer))
 
+    @precondition(lambda self: len(self.model.pushed) > self.delivered or self.unacknowledged)
     @rule(count=COUNT)
     def train(self, count: int) -> None:
         groups = self.do(self.reader.read(count, 0))
@@ -278,6 +309,7 @@ class QueueMachine(RuleBasedStateMachine):
             self.unacknowledged.remove(index)
             self.model.status[index] = "gone"
 
+    @precondition(lambda self: self.unacknowledged)
     @rule()
     def restart_trainer(self) -> None:
         self.reader: ScoredReader = self.queue.scored(RUN)
@@ -299,20 +331,19 @@ class QueueMachine(RuleBasedStateMachine):
             answers = await pipeline.execute()
         for teacher, (tokens, scored), [group] in zip(TEACHERS, answers[::2], answers[1::2], strict=True):
             waiting = len(self.model.open(teacher, "waiting"))
-            busy = len(self.model.open(teacher, "held")) + len(self.model.open(teacher, "loose"))
+            busy = self.model.busy(teacher)
             assert int(tokens or 0) == VIEW_TOKENS * (waiting + busy)
             assert (group["lag"], group["pending"]) == (waiting, busy)
             assert int(scored or 0) == self.model.commits[teacher]
 
     def teardown(self) -> None:
         """Whatever has happened: drained, every group comes out once, and nothing is left behind."""
-        for which in range(4):
-            self.crash(which)
-        for which in (0, 1):
-            while self.model.open(TEACHERS[which], "waiting") or self.model.open(TEACHERS[which], "loose"):
-                self.read(which, 4)
+        for teacher in TEACHERS:
+            self.crash(teacher)
+            while self.model.open(teacher, "waiting") or self.model.open(teacher, "loose"):
+                self.read(teacher, 4)
                 while self.claims:
-                    self.commit(0)
+                    self.commit(0, False)
         self.restart_trainer()
         while self.delivered < len(self.model.pushed) or self.unacknowledged:
             self.train(4)
@@ -336,12 +367,14 @@ def run_machine(queue_url: str, runs: int) -> None:
                 stateful_step_count=25,
                 deadline=None,
                 suppress_health_check=list(HealthCheck),
+                phases=[Phase.reuse, Phase.generate, Phase.shrink],
             ),
         )
     finally:
         QueueMachine.loop.close()
 
 
+@pytest.mark.timeout(400)
 def test_model_holds_in_200_runs(queue_url: str) -> None:
     run_machine(queue_url, 200)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import signal
 import time
@@ -171,7 +172,21 @@ async def test_each_write_survives_the_loss_of_its_reply(queue_url: str, queue: 
     assert await queue.scored(RUN).read(4, 200) == []
 
 
-def script_hash(name: str) -> bytes:
-    import hashlib
+async def test_job_found_before_a_reply_was_lost_is_found_again(queue_url: str, queue: Queue) -> None:
+    """A claim that took over a job and then broke has told nobody: the job must not stay leased."""
+    await queue.submit_group(make_group(RUN, 0), [make_request(TEACHER)])
+    async with (
+        LossyProxy(queue_url.removeprefix("unix://")) as proxy,
+        Queue(proxy.url, queue.keys.namespace, lease=LEASE) as lossy,
+        lossy.jobs(TEACHER, "replica") as replica,
+    ):
+        [claim] = await replica.claim(4, 1000)
+        await replica.fail(claim, "INTERNAL: once")
+        proxy.lose_next(b"XREADGROUP")
+        [again] = await replica.claim(4, 3000)
+        assert proxy.lost == 1
+        assert (again.entry, again.deliveries) == (claim.entry, 2)
 
+
+def script_hash(name: str) -> bytes:
     return hashlib.sha1(scripts.source(name).encode()).hexdigest().encode()

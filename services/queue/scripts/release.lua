@@ -1,7 +1,6 @@
 -- Hand an entry back at once without counting the delivery.
--- ARGV: namespace, consumer group, entry id, consumer, lease ms.
-local id, consumer, lease_ms = unpack(ARGV, 3, 5)
-local owner, _, deliveries = lease_of(id)
-if owner ~= consumer then return 0 end
-hand_back(id, consumer, lease_ms, deliveries - 1)
+-- ARGV: namespace, consumer group, entry id, consumer, lease ms, deliveries before this one.
+local id, consumer, lease_ms, deliveries = unpack(ARGV, 3, 6)
+if lease_of(id) ~= consumer then return 0 end
+hand_back(id, consumer, lease_ms, deliveries)
 return 1
