@@ -37,8 +37,9 @@ def step_record(
 ) -> dict[str, float]:
     """The figures of the step that made policy version `ledger.step`.
 
-    Means are over trained positions. `kl` is the mean of log p(y) - log q(y) over sampled tokens, in
-    nats, where the teacher's log q(y) is known; else the mean divergence of the objective.
+    Means are over trained positions. `kl` is the mean of log p(y) - log q(y) over tokens that the
+    student sampled, in nats, where the teacher's log q(y) is known; else, and where another model
+    sampled (that mean would estimate something else), the mean divergence of the objective.
     """
     positions = max(1.0, result.sums.get("positions", 0.0))
     sums = dict(result.sums)
@@ -51,8 +52,11 @@ def step_record(
         share = monitored if name in ("sampled_kl", "teacher_logprob") else positions
         if share:
             record[name] = total / share
-    if "sampled_kl" in record or "divergence" in record:
-        record["kl"] = record.get("sampled_kl", record.get("divergence", 0.0))
+    on_policy = all(group.sampled_by == "student" for group in groups)
+    for name in ("sampled_kl", "divergence") if on_policy else ("divergence",):
+        if name in record:
+            record["kl"] = record[name]
+            break
     staleness = [float(abs(ledger.step - 1 - group.policy_version)) for group in groups]
     rewards = [reward for group in groups for reward in group.rewards if reward is not None]
     tokens = sum(group.num_tokens for group in groups)
