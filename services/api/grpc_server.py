@@ -117,7 +117,7 @@ class _OpenCalls:
 
     def add(self, context: Context) -> None:
         self._open += 1
-        context.add_done_callback(lambda _context: self._ended())
+        context.add_done_callback(lambda _context: self._ended())  # type: ignore[arg-type]
 
     def quiet_for(self) -> float:
         """Seconds since the last call ended; 0 while there is one."""

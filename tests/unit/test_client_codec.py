@@ -96,6 +96,7 @@ def test_a_score_comes_back_as_it_was_made(encoding: str) -> None:
     failed = SequenceScore("b", SequenceError("INVALID_ARGUMENT", "why"))
     score = Score((full, failed), IDENTITY, Usage(7, 9, 1, 0.5, 0.25), "r")
     data = codec.score_to_bytes(score, encoding)  # type: ignore[arg-type]
+    assert pb.ScoreResponse.FromString(data) == codec.score_to_proto(score, encoding)  # type: ignore[arg-type]
     back = codec.score_from_proto(pb.ScoreResponse.FromString(data))
     assert (back.identity, back.usage, back.request_id) == (score.identity, score.usage, "r")
     assert back.sequences[1] == failed
@@ -106,6 +107,13 @@ def test_a_score_comes_back_as_it_was_made(encoding: str) -> None:
         np.testing.assert_array_equal(getattr(got, field), expected)
     np.testing.assert_array_equal(got.top_ids, full.top_ids)
     np.testing.assert_array_equal(got.valid, full.valid)
+
+
+@pytest.mark.parametrize("rows", [1, 31, 32, 127, 128, 5000, 70_000])
+def test_hand_written_lengths_agree_with_protobuf_at_every_size(rows: int) -> None:
+    arrays = SequenceScore("x" * 200, sampled=np.zeros(rows, np.float32), valid=np.ones(rows, bool))
+    score = Score((arrays, SequenceScore("", SequenceError("INTERNAL", "y" * rows)), arrays), IDENTITY)
+    assert pb.ScoreResponse.FromString(codec.score_to_bytes(score)) == codec.score_to_proto(score)
 
 
 def test_an_answer_whose_array_lacks_a_row_is_refused() -> None:

@@ -186,7 +186,7 @@ def teacher_from_proto(message: pb.GetTeacherResponse) -> t.Teacher:
     return t.Teacher(identity=identity_from_proto(message.identity), limits=limits, ready=message.ready)
 
 
-def _floats(array: t.FloatArray | None, dtype: str) -> bytes:
+def _packed(array: npt.NDArray[Any] | None, dtype: str) -> bytes:
     return b"" if array is None else array.astype(dtype, copy=False).tobytes()
 
 
@@ -204,25 +204,76 @@ def _sequence_score_to_proto(score: t.SequenceScore, encoding: t.EncodingName) -
         error = pb.SequenceError(code=score.error.code, message=score.error.message)
         return pb.SequenceScore(id=score.id, error=error)
     assert score.valid is not None
-    wire = _ENCODING[encoding]
+    message = _sequence_score_head(score, encoding)
+    floats = _FLOAT[_ENCODING[encoding]]
+    message.sampled = _packed(score.sampled, floats)
+    message.top_ids = _packed(score.top_ids, "<i4")
+    message.top_logprobs = _packed(score.top_logprobs, floats)
+    message.candidate_logprobs = _packed(score.candidate_logprobs, floats)
+    message.entropy = _packed(score.entropy, floats)
+    message.valid = _packed(score.valid, "u1")
+    return message
+
+
+def _sequence_score_head(score: t.SequenceScore, encoding: t.EncodingName) -> pb.SequenceScore:
+    """Everything of a sequence's answer but its arrays."""
     return pb.SequenceScore(
         id=score.id,
         num_positions=score.num_positions,
         top_k=0 if score.top_ids is None else score.top_ids.shape[1],
         num_candidates=0 if score.candidate_logprobs is None else score.candidate_logprobs.shape[1],
-        encoding=wire,
-        sampled=_floats(score.sampled, _FLOAT[wire]),
-        top_ids=b"" if score.top_ids is None else score.top_ids.astype("<i4", copy=False).tobytes(),
-        top_logprobs=_floats(score.top_logprobs, _FLOAT[wire]),
-        candidate_logprobs=_floats(score.candidate_logprobs, _FLOAT[wire]),
-        entropy=_floats(score.entropy, _FLOAT[wire]),
-        valid=score.valid.astype(np.uint8, copy=False).tobytes(),
+        encoding=_ENCODING[encoding],
     )
 
 
 def score_to_bytes(score: t.Score, encoding: t.EncodingName = "float32") -> bytes:
-    """A serialised ScoreResponse."""
-    return score_to_proto(score, encoding).SerializeToString()
+    """What `score_to_proto(score, encoding).SerializeToString()` says, with each array copied once.
+
+    The array fields are written out by hand, since protobuf would copy each of them three times: an
+    answer of 2,048 positions and 64 ids then takes a fifth of the time. Field order is free in
+    protobuf, so the arrays follow whatever protobuf itself wrote of a message.
+    """
+    head = pb.ScoreResponse(
+        request_id=score.request_id,
+        identity=identity_to_proto(score.identity),
+        usage=pb.Usage(**{name: getattr(score.usage, name) for name in t.Usage.__slots__}),
+    )
+    parts: list[bytes | memoryview] = [head.SerializeToString()]
+    for sequence in score.sequences:
+        body = _sequence_score_parts(sequence, encoding)
+        parts.append(_field_head(pb.ScoreResponse.SEQUENCES_FIELD_NUMBER, sum(map(len, body))))
+        parts += body
+    return b"".join(parts)
+
+
+def _sequence_score_parts(score: t.SequenceScore, encoding: t.EncodingName) -> list[bytes | memoryview]:
+    if score.error is not None:
+        return [_sequence_score_to_proto(score, encoding).SerializeToString()]
+    parts: list[bytes | memoryview] = [_sequence_score_head(score, encoding).SerializeToString()]
+    floats = _FLOAT[_ENCODING[encoding]]
+    for number, array, dtype in (
+        (pb.SequenceScore.SAMPLED_FIELD_NUMBER, score.sampled, floats),
+        (pb.SequenceScore.TOP_IDS_FIELD_NUMBER, score.top_ids, "<i4"),
+        (pb.SequenceScore.TOP_LOGPROBS_FIELD_NUMBER, score.top_logprobs, floats),
+        (pb.SequenceScore.CANDIDATE_LOGPROBS_FIELD_NUMBER, score.candidate_logprobs, floats),
+        (pb.SequenceScore.ENTROPY_FIELD_NUMBER, score.entropy, floats),
+        (pb.SequenceScore.VALID_FIELD_NUMBER, score.valid, "u1"),
+    ):
+        if array is not None and array.size:
+            packed = np.ascontiguousarray(array, dtype=dtype)
+            parts += [_field_head(number, packed.nbytes), packed.data.cast("B")]
+    return parts
+
+
+def _field_head(number: int, size: int) -> bytes:
+    """Tag and length of a length-delimited field: (number << 3 | 2) and size, as varints."""
+    head = bytearray()
+    for value in (number << 3 | 2, size):
+        while value > 0x7F:
+            head.append(value & 0x7F | 0x80)
+            value >>= 7  # noqa: PLW2901 - the rest of the varint
+        head.append(value)
+    return bytes(head)
 
 
 def score_from_proto(message: pb.ScoreResponse) -> t.Score:
