@@ -29,7 +29,7 @@ from student_trainer.status import StatusServer
 from student_trainer.student import Student, load_student
 from student_trainer.trainer import Parts, Trainer, describe
 from student_trainer.verify import Expectations
-from student_trainer.waiting import SAMPLER_ROLE, Watch, teacher_role
+from student_trainer.waiting import Watch, sampler_role, teacher_role
 
 log = structlog.get_logger(__name__)
 
@@ -51,7 +51,7 @@ async def _train(config: RunConfig) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with run_queue(config) as queue:
-        with queue.presence("trainer", "trainer"), StatusServer(config.training.metrics_port) as status:
+        with queue.presence("trainer", config.run.name), StatusServer(config.training.metrics_port) as status:
             log.info("status port", address=status.address)
             parts = await _build(config, queue, status, stop)
             log.info("training", **describe(parts))
@@ -80,7 +80,7 @@ async def _build(config: RunConfig, queue: Queue, status: StatusServer, stop: as
     policies = PolicyStore(config.run.directory / "policy")
     pacer = Pacer(queue, config, ledger)
     teachers = sorted({teacher for teacher, _ in plan.view_requests.values()})
-    watch = Watch(queue, config.run.name, [SAMPLER_ROLE, *map(teacher_role, teachers)])
+    watch = Watch(queue, config.run.name, [sampler_role(config.run.name), *map(teacher_role, teachers)])
     return Parts(
         config=config,
         queue=queue,

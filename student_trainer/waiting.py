@@ -10,9 +10,13 @@ from services.queue import Queue
 
 log = structlog.get_logger(__name__)
 
-SAMPLER_ROLE = "sampler"
 PATIENCE = 5.0  # seconds without news before anybody is looked for
 REPEAT = 30.0
+
+
+def sampler_role(run: str) -> str:
+    """The role under which the samplers of a run are present."""
+    return f"sampler:{run}"
 
 
 def teacher_role(name: str) -> str:
@@ -41,7 +45,7 @@ class Watch:
     async def look(self, waiting_for: str) -> str | None:
         """Called while waiting; returns the status to show when it is time to say something.
 
-        Statuses: "waiting for scores: no sampler, no teacher:large" or "waiting for scores".
+        Statuses: "waiting for scores: no sampler:run, no teacher:large" or "waiting for scores".
         """
         now = time.monotonic()
         if now - max(self._last_news, self._last_look) < PATIENCE:

@@ -21,6 +21,7 @@ from student_trainer.sampler.evaluation import evaluate
 from student_trainer.sampler.generate import GenerationInterruptedError
 from student_trainer.sampler.groups import GroupSampler, SampledGroup
 from student_trainer.sampler.policy import StudentPolicy
+from student_trainer.waiting import sampler_role
 
 CLAIM_MS = 500
 POLL_SECONDS = 0.02
@@ -50,7 +51,7 @@ async def _serve(config: RunConfig, name: str) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with run_queue(config) as queue:
-        with queue.presence(ROLE, name):
+        with queue.presence(sampler_role(config.run.name), name):
             first = await _first_policy(PolicyStore(config.run.directory / "policy"), stop)
             if first is None:
                 return

@@ -28,6 +28,7 @@ from student_trainer.sampler.process import OrderService
 from student_trainer.sampler.verify import plain_logprobs
 from student_trainer.tasks.addition import CHARACTERS
 from student_trainer.tasks.characters import MODEL_ROWS, character_tokenizer
+from student_trainer.waiting import sampler_role
 
 HEARTBEAT = 0.4
 PATIENCE = 60.0
@@ -374,7 +375,7 @@ async def test_kill_9_in_the_middle_of_an_order_and_a_drain_lose_and_change_noth
     stats = await run.queue.teacher_stats("big")
     assert stats.queued_tokens <= 60, "back-pressure: no more than the limit is queued"
     assert await run.open_orders() == 1, "the order is not finished while its groups wait"
-    assert "first" in await run.queue.alive("sampler")
+    assert "first" in await run.queue.alive(sampler_role(run.config.run.name))
     kill(first)
 
     second = processes.sampler(run, "second")

@@ -27,7 +27,7 @@ from student_trainer.objective.compile import Plan
 from student_trainer.pacing import REPLACEMENTS_FROM, Pacer
 from student_trainer.policy_store import PolicyStore
 from student_trainer.verify import TrainingGroup
-from student_trainer.waiting import SAMPLER_ROLE, Watch, teacher_role
+from student_trainer.waiting import Watch, sampler_role, teacher_role
 
 pytest_plugins = ["support.queue_server"]
 
@@ -65,7 +65,7 @@ class Loop:
         self.said: list[str] = []
         self.published = self.ledger.step
         self.pacer = Pacer(self.queue, self.config, self.ledger)
-        self.watch = Watch(self.queue, RUN, [SAMPLER_ROLE, *map(teacher_role, self.teachers)])
+        self.watch = Watch(self.queue, RUN, [sampler_role(RUN), *map(teacher_role, self.teachers)])
         self.collector = Collector(
             config=self.config,
             reader=self.queue.scored(RUN),
@@ -375,13 +375,13 @@ async def test_missing_components_are_named_while_waiting(
 
     stepping = asyncio.create_task(loop.step())
     try:
-        await heard("waiting for scores: no sampler, no teacher:big")
-        with queue.presence(SAMPLER_ROLE, "s"):
+        await heard("waiting for scores: no sampler:run, no teacher:big")
+        with queue.presence(sampler_role(RUN), "s"):
             await heard("waiting for scores: no teacher:big")
             with queue.presence(teacher_role("big"), "t"):
                 await heard("waiting for scores")
         loop.said.clear()
-        await heard("waiting for scores: no sampler, no teacher:big")
+        await heard("waiting for scores: no sampler:run, no teacher:big")
     finally:
         stepping.cancel()
 

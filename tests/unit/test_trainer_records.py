@@ -1,0 +1,186 @@
+"""What a run leaves for people: metrics file, status port, trackers; and what a resumption refuses."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from pathlib import Path
+
+import pytest
+from support.training_run import write_model
+from tutelage_client.errors import TutelageError
+
+from student_trainer import trackers
+from student_trainer.checkpoint import CheckpointStore
+from student_trainer.config import RunConfig, parse_run_config
+from student_trainer.learner import Learner
+from student_trainer.metrics import MetricsFile, SamplingRates, open_trackers
+from student_trainer.objective.compile import compile_plan
+from student_trainer.resume import restore
+from student_trainer.samples import discard_samples_above
+from student_trainer.status import StatusServer
+from student_trainer.student import load_student
+
+
+def make_config(directory: Path, **changes: object) -> RunConfig:
+    student = {"model": str(directory / "student"), "device": "cpu"} | dict(changes.pop("student", {}))  # type: ignore[call-overload]
+    return parse_run_config(
+        {
+            "run": {"directory": str(directory / "run"), **changes.pop("run", {})},  # type: ignore[dict-item]
+            "student": student,
+            "teachers": {"big": {"model": "unused"}},
+            "data": {"task": "addition"},
+            "objective": {},
+            "training": {"steps": 9, **changes},
+        }
+    )
+
+
+def lines(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first = MetricsFile(path, step=0, pending_evaluations=[])
+    for step in range(1, 8):
+        first.write({"step": step, "loss": float(step)})
+    for version in (0, 4, 6):
+        first.write({"evaluation": {"policy_version": version}})
+    first.close()
+    with path.open("a") as file:
+        file.write('{"step": 8, "los')
+    again = MetricsFile(path, step=5, pending_evaluations=[4])
+    again.write({"step": 6, "loss": -6.0})
+    again.close()
+    found = lines(path)
+    assert [record["step"] for record in found if "step" in record] == [1, 2, 3, 4, 5, 6]
+    assert found[-1]["loss"] == -6.0
+    assert [record for record in found if "evaluation" in record] == [{"evaluation": {"policy_version": 0}}]
+
+
+def test_figures_that_are_not_finite_are_written_as_null(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl", step=0, pending_evaluations=[])
+    file.write({"step": 1, "loss": float("nan"), "gradient_norm": float("inf"), "kl": 0.5})
+    file.close()
+    assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": None, "gradient_norm": None, "kl": 0.5}]
+
+
+def test_sampling_rate_is_that_of_all_samplers_since_the_last_look() -> None:
+    rates = SamplingRates()
+    assert rates.rates({"sampler:a": {"tokens": 100, "sample_seconds": 1.0}, "step": 3}) == {}
+    progress = {
+        "sampler:a": {"tokens": 300, "sample_seconds": 2.0},
+        "sampler:b": {"tokens": 100, "sample_seconds": 1.0},
+    }
+    assert rates.rates(progress) == {"sampled_tokens_per_second": 150.0}
+    assert rates.rates(progress) == {}
+
+
+def test_samples_of_lost_steps_are_deleted(tmp_path: Path) -> None:
+    for step in (2, 4, 6):
+        (tmp_path / f"step-{step:08d}.jsonl.gz").write_bytes(b"")
+    discard_samples_above(tmp_path, 4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step-00000002.jsonl.gz",
+        "step-00000004.jsonl.gz",
+    ]
+
+
+def test_status_port_answers_on_loopback_only() -> None:
+    with StatusServer(0) as server:
+        assert server.address.startswith("http://127.0.0.1:")
+        server.update({"loss": 0.5, "status": "training", "step": 3})
+        server.update({"step": 4})
+        status = json.loads(urllib.request.urlopen(server.address + "/status").read())
+        assert status == {"loss": 0.5, "status": "training", "step": 4}
+        metrics = urllib.request.urlopen(server.address + "/metrics").read().decode()
+    assert "tutelage_trainer_step 4.0" in metrics
+    assert "status" not in metrics
+
+
+def test_tracker_that_is_not_installed_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(name: str) -> object:
+        raise ImportError(name)
+
+    monkeypatch.setattr(trackers.importlib, "import_module", missing)
+    with pytest.raises(TutelageError, match="'wandb' is not installed; run pip install wandb"):
+        open_trackers(make_config(tmp_path, trackers=["wandb"]), 0)
+
+
+def test_tensorboard_gets_every_finite_figure(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = make_config(tmp_path, trackers=["tensorboard"])
+    (tracker,) = open_trackers(config, 0)
+    tracker.log(1, {"loss": 0.5, "gradient_norm": float("nan")})
+    tracker.log(2, {"loss": 0.25})
+    tracker.close()
+    events = EventAccumulator(str(config.run.directory / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 0.5), (2, 0.25)]
+    assert "gradient_norm" not in events.Tags()["scalars"]
+
+
+# Resumption.
+
+
+def make_learner(config: RunConfig) -> Learner:
+    plan = compile_plan(config.objective, student_temperature=1.0, teachers=["big"])
+    return Learner(load_student(config.student), plan, config.training)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("resume")
+    write_model(directory / "student", seed=1)
+    return directory
+
+
+def test_first_start_leaves_a_checkpoint_to_come_back_to(root: Path, tmp_path: Path) -> None:
+    config = make_config(root, evaluate_every=3)
+    store = CheckpointStore(tmp_path)
+    ledger = restore(config, store, make_learner(config))
+    assert store.steps() == [0]
+    assert ledger.pending_evaluations == [0]
+    again = restore(config, store, make_learner(config))
+    assert again.run_id == ledger.run_id
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"run": {"name": "other"}}, "run.name"),
+        ({"run": {"seed": 7}}, "run.seed"),
+        ({"run": {"deterministic": True}}, "run.deterministic"),
+        ({"prompts_per_step": 5}, "training.prompts_per_step"),
+        ({"student": {"lora": {"rank": 2}}}, "student.lora"),
+    ],
+)
+def test_run_continues_only_as_it_began(
+    root: Path, tmp_path: Path, changes: dict[str, object], name: str
+) -> None:
+    config = make_config(root)
+    store = CheckpointStore(tmp_path)
+    restore(config, store, make_learner(config))
+    changed = make_config(root, **changes)
+    with pytest.raises(TutelageError, match=f"holds a run with {name} = "):
+        restore(changed, store, make_learner(changed))
+
+
+def test_steps_and_learning_rate_may_change_on_resumption(root: Path, tmp_path: Path) -> None:
+    config = make_config(root)
+    store = CheckpointStore(tmp_path)
+    restore(config, store, make_learner(config))
+    changed = make_config(root, steps=99, learning_rate=0.5, checkpoint_every=1)
+    assert restore(changed, store, make_learner(changed)).step == 0
+
+
+def test_run_whose_every_checkpoint_is_damaged_does_not_start_over(root: Path, tmp_path: Path) -> None:
+    config = make_config(root)
+    store = CheckpointStore(tmp_path)
+    restore(config, store, make_learner(config))
+    (tmp_path / "step-00000000" / "ledger.json").write_text("{}")
+    with pytest.raises(TutelageError, match="none of the 1 checkpoints"):
+        restore(config, store, make_learner(config))
