@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.logs import only_warnings
-from launcher.quickstart_models import prepare_with_bars
-from launcher.up import run_up
+from launcher.quickstart_models import TrainingFailedError, prepare_with_bars
+from launcher.up import only_one, run_up
 
 if TYPE_CHECKING:
     from launcher.quickstart_measure import Measured
@@ -39,18 +39,19 @@ class Result:
 
 
 def run_quickstart(*, compare: bool) -> int:
-    """0 when the student closed enough of the gap, 1 when not or when a run did not finish.
-
-    Raises:
-        TrainingFailedError: a model could not be trained.
-    """
+    """0 when the student closed enough of the gap, 1 when not or when something did not finish."""
     from rich.console import Console
+    from rich.markup import escape
 
     only_warnings()
     console = Console(highlight=False, soft_wrap=True)
     started = time.monotonic()
     config = _config(MAIN)
-    teacher = _prepare_models(config)
+    try:
+        teacher = _prepare_models(config)
+    except TrainingFailedError as error:
+        console.print(f"[bold red]{escape(str(error))}[/]")
+        return 1
     console.print(f"models ready after {time.monotonic() - started:.0f} s; they are kept for the next time\n")
     result = _run(MAIN, teacher)
     if result is None:
@@ -105,11 +106,14 @@ def _run(recipe: str, teacher: Path) -> Result | None:
 
     config = _config(recipe)
     directory = config.run.directory
-    shutil.rmtree(directory, ignore_errors=False) if directory.exists() else None
+    if directory.exists():
+        with only_one(directory):
+            shutil.rmtree(directory)
     started = time.monotonic()
     if run_up(RECIPES / recipe) != 0:
         return None
     seconds = time.monotonic() - started
+    print(f"measuring the student on {config.training.evaluation_prompts} held-out prompts", flush=True)
     last = _last_step(directory)
     return Result(
         config=config,

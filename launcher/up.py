@@ -41,7 +41,7 @@ def run_up(run_file: Path, policy: RestartPolicy | None = None) -> int:
     only_warnings(logging.ERROR)  # the supervisor says itself when the queue is away
     config = load_run_config(run_file)
     config.run.directory.mkdir(parents=True, exist_ok=True)
-    with _only_one(config.run.directory), make_view() as view:
+    with only_one(config.run.directory), make_view() as view:
         if _finished(config):
             directory = config.run.directory
             view.say(f"run {config.run.name!r} is finished: {config.training.steps} steps in {directory}")
@@ -135,7 +135,7 @@ def _embedded(config: RunConfig) -> EmbeddedServer | None:
 
 
 @contextmanager
-def _only_one(directory: Path) -> Iterator[None]:
+def only_one(directory: Path) -> Iterator[None]:
     """Hold the run directory; a second `up` on it is refused while this one lives."""
     with (directory / "up.lock").open("ab") as lock:
         try:
