@@ -20,6 +20,7 @@ from student_trainer.waiting import Watch
 log = structlog.get_logger(__name__)
 
 BLOCK_MS = 500
+MAX_REORDERS = 3
 
 
 class Collector:
@@ -55,6 +56,7 @@ class Collector:
         self._delivered: list[ScoredGroup] = []  # without payload; to be acknowledged once consumed
         self._refused_in_a_row = 0
         self._idle_looks = 0
+        self._reorders = 0
         self.duplicates = 0
 
     async def collect(self, show: Callable[[str], Awaitable[None]]) -> list[TrainingGroup] | None:
@@ -80,7 +82,7 @@ class Collector:
                 await self._wait(show)
                 continue
             self._watch.news()
-            self._idle_looks = 0
+            self._idle_looks = self._reorders = 0
             dropped = sum(self._drops(scored, batch) for scored in arrived)
             await self._pacer.replace(dropped, self._ledger.step)
 
@@ -155,15 +157,22 @@ class Collector:
         if status is None:
             return
         await show(status)
-        # Nothing arrives and nobody works: the queue lost work that it had acknowledged.
-        if await self._watch.idle(self._teachers):
-            self._idle_looks += 1
-            if self._idle_looks >= 2:
-                self._idle_looks = 0
-                log.warning("samplers and teachers are idle: ordering what is missing again")
-                await self._pacer.place_missing(self._ledger.step)
-        else:
-            self._idle_looks = 0
+        # Nothing arrives and nobody works, twice: the queue lost work that it had acknowledged, or
+        # the samplers cannot do what is asked of them.
+        idle = await self._watch.idle(self._teachers)
+        self._idle_looks = self._idle_looks + 1 if idle else 0
+        if self._idle_looks < 2:
+            return
+        self._idle_looks = 0
+        if self._reorders == MAX_REORDERS:
+            raise TutelageError(
+                "FAILED_PRECONDITION",
+                f"step {self._ledger.step} lacks groups after ordering them {MAX_REORDERS} times again; "
+                + await self._watch.given_up(),
+            )
+        self._reorders += 1
+        log.warning("samplers and teachers are idle: ordering what is missing again")
+        await self._pacer.place_missing(self._ledger.step)
 
 
 def _without_payload(scored: ScoredGroup) -> ScoredGroup:

@@ -16,6 +16,8 @@ from student_trainer.policy_store import PolicyStore
 
 log = structlog.get_logger(__name__)
 
+MAX_REORDERS = 3
+
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
@@ -38,6 +40,7 @@ class Evaluations:
         self._ledger = ledger
         self._store = store
         self._ordered: set[int] = set()
+        self._reorders = 0
 
     @property
     def pending(self) -> list[int]:
@@ -68,10 +71,20 @@ class Evaluations:
             self._ordered.add(version)
             await self._place(version)
 
-    async def order_again(self) -> None:
-        """Place open orders anew, for a queue that lost them; what it still has stays as it is."""
+    async def order_again(self) -> bool:
+        """Place open orders anew, for a queue that lost them; what it still has stays as it is.
+
+        Returns:
+            False once that has been done too often: nothing is pending any more.
+        """
+        if self._reorders == MAX_REORDERS:
+            self._ordered.clear()
+            self.pending.clear()
+            return False
+        self._reorders += 1
         for version in self._ordered:
             await self._place(version)
+        return True
 
     async def _place(self, version: int) -> None:
         order = SampleOrder(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ class Student:
         inner = self.model.get_base_model() if self.lora else self.model
         state = _merged(self.model) if self.lora else inner.state_dict()
         inner.save_pretrained(directory, state_dict=_cast(state, self.dtype))
+        if self.dtype != inner.dtype:
+            _declare_dtype(directory / "config.json", self.dtype)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(directory)
 
@@ -115,6 +118,13 @@ def _merged(model: Any) -> dict[str, Tensor]:
     if deltas:
         raise ValueError(f"adapters on {sorted(deltas)} have no weight to be merged into")
     return merged
+
+
+def _declare_dtype(config: Path, dtype: torch.dtype) -> None:
+    """Say in the configuration what the weights beside it are; transformers wrote the live model's dtype."""
+    document = json.loads(config.read_text())
+    document["dtype"] = str(dtype).removeprefix("torch.")
+    config.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
 
 
 def _cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

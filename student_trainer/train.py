@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
 from contextlib import closing
@@ -138,5 +139,7 @@ def _configure_torch(config: RunConfig) -> None:
     disable_progress_bar()  # one for every published policy
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or CUDA refuses to be deterministic
     torch.use_deterministic_algorithms(config.run.deterministic)
     torch.manual_seed(config.run.seed)

@@ -213,8 +213,8 @@ class Trainer:
         status = await parts.watch.look("evaluation")
         if status is not None:
             await parts.recorder.status(status, self._ledger)
-            if await parts.watch.idle([]):
-                await parts.evaluations.order_again()
+            if await parts.watch.idle([]) and not await parts.evaluations.order_again():
+                log.error("evaluations are left out", reason=await parts.watch.given_up())
         await asyncio.sleep(POLL_SECONDS)
 
     async def _stopped(self) -> bool:

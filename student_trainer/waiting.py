@@ -61,6 +61,11 @@ class Watch:
             report(status, seconds=round(now - self._last_news, 1), missing=missing)
         return status
 
+    async def given_up(self) -> str:
+        """Why the newest order was given up, for the message of a run that cannot go on."""
+        dead = await self._queue.dead_orders(self._run, count=1)
+        return f"order {dead[0].order} was given up: {dead[0].error}" if dead else "no order was given up"
+
     async def idle(self, teachers: list[str]) -> bool:
         """Whether neither samplers nor teachers have anything left to do for the run."""
         orders = (await self._queue.run_stats(self._run)).orders

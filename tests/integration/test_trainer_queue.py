@@ -407,6 +407,24 @@ async def test_work_that_the_queue_lost_is_ordered_again(
         assert len(await loop.step()) == 6
 
 
+async def test_run_stops_when_samplers_give_up_what_is_ordered(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("student_trainer.waiting.PATIENCE", 0.1)
+    loop = Loop(queue, make_config(steps=2), REWARD)
+
+    async def refuse() -> None:
+        async with queue.orders(RUN, "s") as worker:
+            while not loop.over.is_set():
+                for claim in await worker.claim(1, 50):
+                    await worker.bury(claim, "NOT_FOUND: no such field")
+
+    async with running(loop, refuse()):
+        await loop.begin()
+        with pytest.raises(TutelageError, match=r"order run-s\d-\d was given up: NOT_FOUND: no such field"):
+            await loop.step()
+
+
 async def test_orders_ask_for_no_more_than_staleness_allows(queue: Queue) -> None:
     loop = Loop(queue, make_config(steps=12, prompts_per_step=6, max_staleness=2), REWARD)
     orders: list[SampleOrder] = []

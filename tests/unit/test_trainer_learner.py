@@ -142,6 +142,23 @@ def test_resumed_learner_continues_bitwise(model: Path, tmp_path: Path, lora: Lo
         assert torch.equal(tensor, resumed.state_tensors()[name]), name
 
 
+def test_bfloat16_forward_trains_float32_weights(model: Path, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    student = load_student(StudentSettings(model=str(model), device="cpu", dtype="bfloat16"))
+    learner = Learner(student, DISTILL, settings())
+    assert all(parameter.dtype == torch.float32 for _, parameter in student.trained())
+    exact = make_learner(model).step(groups_of(0), 0)
+    half = learner.step(groups_of(0), 0)
+    assert half.loss == pytest.approx(exact.loss, rel=0.02)
+    assert half.loss != exact.loss
+    for step in range(1, 40):
+        learner.step(groups_of(step), step)
+    assert divergence(student) < 0.2
+    student.export(tmp_path / "out")
+    exported = AutoModelForCausalLM.from_pretrained(str(tmp_path / "out"), dtype="auto")
+    assert exported.get_input_embeddings().weight.dtype == torch.bfloat16
+
+
 def test_cutting_a_step_into_micro_batches_changes_only_rounding(model: Path) -> None:
     whole, cut = make_learner(model, micro_batch_tokens=10_000), make_learner(model, micro_batch_tokens=20)
     first, second = whole.step(groups_of(0), 0), cut.step(groups_of(0), 0)
