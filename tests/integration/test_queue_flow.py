@@ -166,6 +166,17 @@ async def test_third_failure_makes_a_dead_letter_and_fails_the_group_once(queue:
     assert (await queue.teacher_stats(TEACHER)).dead == 1
 
 
+async def test_group_whose_every_view_is_buried_fails_once(queue: Queue) -> None:
+    await queue.submit_group(make_group(RUN, 0), [make_request("a", "first"), make_request("b", "second")])
+    for teacher in ("a", "b"):
+        async with queue.jobs(teacher, "replica") as replica:
+            await replica.bury(await take(replica), f"INVALID_ARGUMENT: {teacher}")
+    reader = queue.scored(RUN)
+    [failed] = [*await reader.read(4, 500), *await reader.read(4, 200)]
+    assert failed.errors == {"first": "INVALID_ARGUMENT: a"}
+    assert len(await queue.dead_letters("b")) == 1
+
+
 async def test_released_job_comes_back_at_once_with_the_same_delivery_count(queue: Queue) -> None:
     await submit(queue)
     async with queue.jobs(TEACHER, "a") as first, queue.jobs(TEACHER, "b") as second:
