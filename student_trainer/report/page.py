@@ -11,7 +11,7 @@ from string import Template
 
 from student_trainer.report import figures, rollouts
 from student_trainer.report.charts import Chart, readout, svg
-from student_trainer.report.run_data import OutcomeRow, RolloutRecord, RunData, read_run
+from student_trainer.report.run_data import METRICS, OutcomeRow, RolloutRecord, RunData, read_run
 
 PAGE = "report.html"
 IMAGES = "report"
@@ -227,7 +227,7 @@ def _scale() -> str:
 
 
 def _footer(run: RunData) -> str:
-    parts = [f"Made by tutelage report from {run.directory.name}/{'metrics.jsonl'}."]
+    parts = [f"Made by tutelage report from {run.directory.name}/{METRICS}."]
     if run.skipped_lines:
         parts.append(
             f"{run.skipped_lines} incomplete lines were skipped, as an interrupted process leaves them."
