@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from tutelage.v1.rollout_pb2 import Group, ViewRequest
-from tutelage_client import codec
+from tutelage.v1 import teacher_pb2 as pb
+from tutelage.v1.rollout_pb2 import Group, Rollout, ViewRequest
 from tutelage_client.errors import invalid
-from tutelage_client.types import ScoreRequest, Sequence
 
 
-def job_request(group: Group, view: ViewRequest) -> ScoreRequest:
+def job_request(group: Group, view: ViewRequest) -> pb.ScoreRequest:
     """One sequence per rollout, in the group's order, with its index as id.
 
     A view has one context for every rollout, or one for each; anything else is INVALID_ARGUMENT.
@@ -16,24 +15,22 @@ def job_request(group: Group, view: ViewRequest) -> ScoreRequest:
     count, contexts = len(group.rollouts), len(view.contexts)
     if contexts not in (1, count):
         raise invalid(f"contexts: got {contexts} for {count} rollouts, allowed are 1 or {count}")
-    signal = codec.signal_from_proto(view.signal)
-    sequences = []
-    for index, rollout in enumerate(group.rollouts):
-        name = f"rollouts[{index}]"
-        candidates = None
-        if signal.candidates:
-            candidates = codec.unpack_ids(
-                rollout.candidate_ids, f"{name}.candidate_ids", rollout.num_candidates
-            )
-        response = codec.unpack_ids(rollout.response_ids, f"{name}.response_ids")
-        sequences.append(Sequence(str(index), index if contexts > 1 else 0, response, candidates))
-    return ScoreRequest(
-        contexts=tuple(
-            codec.unpack_ids(context.ids, f"contexts[{i}].ids") for i, context in enumerate(view.contexts)
-        ),
-        sequences=tuple(sequences),
-        signal=signal,
-        teacher=view.teacher,
-        pins=codec.pins_from_proto(view.pins),
+    return pb.ScoreRequest(
         request_id=group.id,
+        teacher=view.teacher,
+        pins=view.pins,
+        contexts=view.contexts,
+        sequences=[
+            _sequence(index, index if contexts > 1 else 0, rollout, view.signal.candidates)
+            for index, rollout in enumerate(group.rollouts)
+        ],
+        signal=view.signal,
     )
+
+
+def _sequence(index: int, context: int, rollout: Rollout, candidates: bool) -> pb.Sequence:
+    sequence = pb.Sequence(id=str(index), context=context, response_ids=rollout.response_ids)
+    if candidates:
+        sequence.candidate_ids = rollout.candidate_ids
+        sequence.num_candidates = rollout.num_candidates
+    return sequence

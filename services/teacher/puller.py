@@ -13,6 +13,7 @@ import time
 import structlog
 from tutelage_client import codec
 from tutelage_client.errors import TutelageError
+from tutelage_client.types import SequenceError
 
 from services.api.core import ScoringCore
 from services.queue import JobClaim, JobWorker, Queue
@@ -109,9 +110,12 @@ class Puller:
         loaded = await worker.load(claim)
         if loaded is None:
             return "not_needed"
-        request = job_request(*loaded)
+        malformed: dict[int, SequenceError] = {}
+        request = codec.request_from_proto(job_request(*loaded), malformed)
         remaining = None if claim.deadline_ms is None else claim.deadline_ms / 1000 - time.time()
-        score = await self._core.score(request, transport="queue", remaining_seconds=remaining)
+        score = await self._core.score(
+            request, transport="queue", remaining_seconds=remaining, malformed=malformed
+        )
         answer = codec.score_to_bytes(score, request.signal.encoding)
         return "committed" if await worker.commit(claim, answer) else "second"
 

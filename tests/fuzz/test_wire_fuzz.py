@@ -20,7 +20,7 @@ from tutelage.v1 import teacher_pb2 as pb
 from tutelage_client import TutelageError, codec
 
 from services.api.auth import TokenCheck
-from services.api.core import ScoringCore
+from services.api.core import ScoringCore, Transport
 from services.api.http_app import build_app
 from services.api.settings import ServiceSettings
 from services.teacher.jobs import job_request
@@ -64,12 +64,12 @@ class Service:
         elif "json" in reply.headers["content-type"]:
             json.loads(reply.text, parse_constant=pytest.fail)
 
-    def check_message(self, message: pb.ScoreRequest) -> None:
-        """The way of a request through the gRPC door, after its bytes are parsed."""
+    def check_message(self, message: pb.ScoreRequest, transport: Transport) -> None:
+        """The way of a request after its bytes are parsed."""
         malformed: dict[int, Any] = {}
         try:
             request = codec.request_from_proto(message, malformed)
-            scoring = self.core.score(request, transport="grpc", malformed=malformed)
+            scoring = self.core.score(request, transport=transport, malformed=malformed)
             score = self.loop.run_until_complete(scoring)
         except TutelageError as error:
             check_refusal(error)
@@ -211,7 +211,7 @@ def in_both_lengths(
 @pytest.mark.parametrize("length", LENGTHS)
 def test_any_message_is_scored_or_refused(service: Service, length: settings) -> None:
     scored = service.scored
-    length(given(messages)(service.check_message))()
+    length(given(messages)(lambda message: service.check_message(message, "grpc")))()
     assert service.scored - scored > CASES // 10, "a test that never gets past the door tests only the door"
 
 
@@ -264,7 +264,8 @@ views = st.builds(
 @in_both_lengths(st.tuples(groups, views))
 def test_any_queued_job_is_scored_or_refused(service: Service, job: Any) -> None:
     try:
-        request = job_request(*job)
-        service.loop.run_until_complete(service.core.score(request, transport="queue"))
+        message = job_request(*job)
     except TutelageError as error:
         check_refusal(error)
+        return
+    service.check_message(message, "queue")

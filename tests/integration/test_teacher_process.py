@@ -203,7 +203,9 @@ async def test_queue_jobs_get_the_same_scores_as_direct_calls(tmp_path: Path) ->
                 assert list(await queue.alive("teacher")), "a replica must say that it lives"
                 async with AsyncTeacherClient(teacher.grpc) as client:
                     for group in groups[:5]:
-                        direct = await client.score_request(job_request(group, view))
+                        direct = await client.score_request(
+                            codec.request_from_proto(job_request(group, view))
+                        )
                         stored = codec.score_from_proto(found[group.id].scores["teacher"])  # type: ignore[attr-defined]
                         for one, other in zip(direct.sequences, stored.sequences, strict=True):
                             np.testing.assert_array_equal(one.sampled, other.sampled)

@@ -42,7 +42,7 @@ def as_ids(ids: t.TokenIds, name: str = "ids") -> t.Int32Array:
 def unpack_ids(data: bytes, name: str, columns: int | None = None) -> t.Int32Array:
     """Little-endian int32 bytes as [N], or as [N, columns]."""
     width = 4 * (1 if columns is None else columns)
-    if width == 0 or len(data) % width:
+    if width <= 0 or len(data) % width:
         raise invalid(f"{name}: got {len(data)} bytes, must be a multiple of {width}")
     array = np.frombuffer(data, dtype="<i4")
     return array if columns is None else array.reshape(-1, columns)

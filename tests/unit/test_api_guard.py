@@ -1,0 +1,88 @@
+"""The guard lets no number out that is not one, and no array that is not the one asked for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from tutelage_client import PAD_ID, Sequence, SequenceScore, Signal, TutelageError
+
+from services.api.guard import guard
+
+SEQUENCE = Sequence("a", 0, np.array([1, 2, 3], np.int32), np.array([[1], [PAD_ID], [2]], np.int32))
+SIGNAL = Signal(True, 2, True, True)
+
+
+def answer() -> SequenceScore:
+    return SequenceScore(
+        id="a",
+        sampled=np.array([-1, -2, -3], np.float32),
+        top_ids=np.arange(6, dtype=np.int32).reshape(3, 2),
+        top_logprobs=-np.ones((3, 2), np.float32),
+        candidate_logprobs=np.array([[-1], [np.nan], [-2]], np.float32),
+        entropy=np.ones(3, np.float32),
+        valid=np.ones(3, bool),
+    )
+
+
+def test_a_good_answer_passes_untouched() -> None:
+    given = answer()
+    assert guard(given, SEQUENCE, SIGNAL) == (given, 0)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("field", ["sampled", "top_logprobs", "candidate_logprobs", "entropy"])
+def test_one_bad_number_masks_its_whole_position(field: str, bad: float) -> None:
+    given = answer()
+    getattr(given, field)[2] = bad
+    got, invalid = guard(given, SEQUENCE, SIGNAL)
+    assert invalid == 1
+    assert got.valid is not None
+    np.testing.assert_array_equal(got.valid, [True, True, False])
+    for name in ("sampled", "top_logprobs", "candidate_logprobs", "entropy"):
+        assert np.isnan(getattr(got, name)[2]).all()
+        np.testing.assert_array_equal(getattr(got, name)[:2], getattr(answer(), name)[:2])
+    assert got.top_ids is not None
+    assert got.top_ids.tolist() == [[0, 1], [2, 3], [PAD_ID, PAD_ID]]
+
+
+def test_what_the_engine_calls_invalid_carries_no_numbers() -> None:
+    given = replace(answer(), valid=np.array([False, True, True]))
+    got, invalid = guard(given, SEQUENCE, SIGNAL)
+    assert invalid == 1
+    assert got.sampled is not None
+    assert np.isnan(got.sampled[0])
+
+
+def test_a_value_too_large_for_float16_is_masked_rather_than_sent_as_infinity() -> None:
+    given = answer()
+    given.sampled[1] = -70_000.0  # type: ignore[index]
+    assert guard(given, SEQUENCE, SIGNAL)[1] == 0
+    got, invalid = guard(given, SEQUENCE, replace(SIGNAL, encoding="float16"))
+    assert invalid == 1
+    assert got.valid is not None
+    assert not got.valid[1]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"sampled": np.zeros(2, np.float32)},
+        {"sampled": None},
+        {"top_ids": np.zeros((3, 3), np.int32)},
+        {"top_logprobs": np.zeros((2, 2), np.float32)},
+        {"candidate_logprobs": np.zeros((3, 2), np.float32)},
+        {"entropy": None},
+        {"valid": np.ones(4, bool)},
+        {"id": "b"},
+    ],
+)
+def test_an_answer_of_another_shape_is_an_engine_error(wrong: dict[str, object]) -> None:
+    with pytest.raises(TutelageError, match="INTERNAL: engine answered"):
+        guard(replace(answer(), **wrong), SEQUENCE, SIGNAL)  # type: ignore[arg-type]
+
+
+def test_an_answer_with_what_was_not_asked_is_an_engine_error() -> None:
+    with pytest.raises(TutelageError, match="INTERNAL: engine answered entropy"):
+        guard(answer(), SEQUENCE, replace(SIGNAL, entropy=False))
