@@ -14,7 +14,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 setup: $(READY)
 
 $(READY): pyproject.toml proto/pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || \
+	  { apt-get update -qq && apt-get install -y -qq $(PYTHON)-venv && $(PYTHON) -m venv --clear $(VENV); }
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ./proto --editable '.[teacher,trainer,local,dev]'
 	touch $(READY)
 
