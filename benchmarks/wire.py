@@ -1,9 +1,9 @@
 """The service against a bare gRPC echo: positions per second on loopback, and bytes per position.
 
 Both servers run in processes of their own, answer the same request with the same number of bytes
-(2,048 positions, K = 64) and take turns; one client process asks both in the same way, with a few
-requests in flight. Ours decodes, checks, admits, computes (fake engine), guards and encodes, and
-the client decodes to arrays; the echo hands out prepared bytes, which nobody looks at.
+(2,048 positions, K = 64) and take turns; one client process asks both in the same way: with four
+requests in flight, and one after another. Ours decodes, checks, admits, computes (fake engine), guards and
+encodes, and the client decodes to arrays; the echo hands out prepared bytes, which nobody looks at.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import grpc
@@ -28,7 +28,7 @@ from tutelage_client import AsyncTeacherClient, ScoreRequest, Signal, codec
 from benchmarks.results import record
 
 POSITIONS, TOP_K, CONTEXT = 2048, 64, 256
-IN_FLIGHT = 4
+IN_FLIGHT = {"wire.vs_bare_grpc": 4, "wire.vs_bare_grpc_one_at_a_time": 1}
 ECHO = "/bare.Echo/Echo"
 UNLIMITED = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
 
@@ -91,66 +91,71 @@ def server(*arguments: str) -> Iterator[str]:
         process.wait()
 
 
-async def positions_per_second(call: Call, requests: int) -> float:
-    """Wall-clock rate with IN_FLIGHT requests under way."""
+async def positions_per_second(call: Call, requests: int, in_flight: int) -> float:
+    """Wall-clock rate with `in_flight` requests under way."""
 
     async def worker(count: int) -> None:
         for _ in range(count):
             await call()
 
+    each = requests // in_flight
     began = time.perf_counter()
-    await asyncio.gather(*[worker(requests // IN_FLIGHT) for _ in range(IN_FLIGHT)])
-    return POSITIONS * requests / (time.perf_counter() - began)
+    await asyncio.gather(*[worker(each) for _ in range(in_flight)])
+    return POSITIONS * each * in_flight / (time.perf_counter() - began)
 
 
-async def compare(rounds: int, requests: int) -> tuple[list[float], list[float], float]:
-    """Rates of ours and of the echo, round by round, and the bytes of one position of ours."""
+@asynccontextmanager
+async def both_servers() -> AsyncIterator[tuple[Call, Call, int]]:
+    """A call of ours, a call of the echo, and the bytes of the answer to either."""
     request = make_request()
     message = codec.request_to_proto(request).SerializeToString()
-    with server("--serve", "ours") as ours_address:
-        async with (
-            AsyncTeacherClient(ours_address) as client,
-            grpc.aio.insecure_channel(ours_address, UNLIMITED) as raw,
-        ):
-            size = len(await raw.unary_unary("/tutelage.v1.TeacherService/Score")(message))
-            with server("--serve", "echo", "--bytes", str(size)) as echo_address:
-                async with grpc.aio.insecure_channel(echo_address, UNLIMITED) as channel:
-                    echo = channel.unary_unary(ECHO)
+    with server("--serve", "ours") as address:
+        async with grpc.aio.insecure_channel(address, UNLIMITED) as channel:
+            size = len(await channel.unary_unary("/tutelage.v1.TeacherService/Score")(message))
+        with server("--serve", "echo", "--bytes", str(size)) as echo_address:
+            async with (
+                AsyncTeacherClient(address) as client,
+                grpc.aio.insecure_channel(echo_address, UNLIMITED) as channel,
+            ):
+                echo = channel.unary_unary(ECHO)
 
-                    async def ask_ours() -> object:
-                        return (await client.score_request(request)).raise_for_errors()
+                async def ask_ours() -> object:
+                    return (await client.score_request(request)).raise_for_errors()
 
-                    async def ask_echo() -> object:
-                        return await echo(message)
+                async def ask_echo() -> object:
+                    return await echo(message)
 
-                    ours, bare = [], []
-                    for call in (ask_ours, ask_echo):
-                        await positions_per_second(call, 20)
-                    for _ in range(rounds):
-                        ours.append(await positions_per_second(ask_ours, requests))
-                        bare.append(await positions_per_second(ask_echo, requests))
-    return ours, bare, size / POSITIONS
+                yield ask_ours, ask_echo, size
+
+
+async def compare(rounds: int, requests: int) -> None:
+    """Measure, print and record every figure."""
+    async with both_servers() as (ask_ours, ask_echo, size):
+        for call in (ask_ours, ask_echo):
+            await positions_per_second(call, 40, 4)
+        for name, in_flight in IN_FLIGHT.items():
+            runs = []
+            for _ in range(rounds):
+                ours = await positions_per_second(ask_ours, requests, in_flight)
+                runs.append({"ours": ours, "peer": await positions_per_second(ask_echo, requests, in_flight)})
+            a, b = (statistics.median(run[side] for run in runs) for side in ("ours", "peer"))
+            record(name, a / b, unit="ratio", ours=a, peer=b, peer_name="bare gRPC echo", runs=runs)
+            print(f"{name:32} {a / b:.2f}  (ours {a:,.0f}, bare echo {b:,.0f} positions/s)")
+    record("wire.bytes_per_position", size / POSITIONS, unit="bytes", ours=size / POSITIONS)
+    print(f"{'wire.bytes_per_position':32} {size / POSITIONS:.1f}  (at most {8 * TOP_K + 16})")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--requests", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--requests", type=int, default=100)
     parser.add_argument("--serve", choices=("ours", "echo"))
     parser.add_argument("--bytes", type=int, default=0)
     options = parser.parse_args()
     if options.serve:
         asyncio.run(serve_ours() if options.serve == "ours" else serve_echo(options.bytes))
-        return 0
-    ours, bare, size = asyncio.run(compare(options.rounds, options.requests))
-    a, b = statistics.median(ours), statistics.median(bare)
-    runs = [{"ours": x, "peer": y} for x, y in zip(ours, bare, strict=True)]
-    record("wire.vs_bare_grpc", a / b, unit="ratio", ours=a, peer=b, peer_name="bare gRPC echo", runs=runs)
-    record("wire.bytes_per_position", size, unit="bytes", ours=size)
-    print(
-        f"wire.vs_bare_grpc        {a / b:.2f}  (ours {a:,.0f}, bare echo {b:,.0f} positions/s; at least 0.5)"
-    )
-    print(f"wire.bytes_per_position  {size:.1f}  (at most {8 * TOP_K + 16})")
+    else:
+        asyncio.run(compare(options.rounds, options.requests))
     return 0
 
 

@@ -40,8 +40,9 @@ class GrpcServer:
         self._settings = settings
         self._health = health.aio.HealthServicer()
         self._calls = _OpenCalls()
+        tokens = TokenCheck(settings.read_tokens())
         self._server = grpc.aio.server(
-            interceptors=[_Authorize(TokenCheck(settings.read_tokens()))],
+            interceptors=[_Authorize(tokens)] if tokens.required else None,
             options=[
                 ("grpc.max_receive_message_length", settings.max_message_bytes),
                 ("grpc.max_send_message_length", settings.max_message_bytes),

@@ -5,6 +5,7 @@ Decoding views the message's bytes without a copy, so decoded arrays are read-on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -29,6 +30,8 @@ def pack_ids(ids: t.TokenIds, name: str = "ids") -> bytes:
 
 def as_ids(ids: t.TokenIds, name: str = "ids") -> t.Int32Array:
     """Token ids as a contiguous int32 array; refuses floats and values outside int32."""
+    if isinstance(ids, np.ndarray) and ids.dtype == np.int32:
+        return np.ascontiguousarray(ids)
     array = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids))
     if array.size == 0:
         return array.astype(np.int32)
@@ -304,7 +307,7 @@ def _sequence_score_from_proto(message: pb.SequenceScore) -> t.SequenceScore:
             return None
         shape = (rows,) if columns is None else (rows, columns)
         flat = np.frombuffer(data, dtype=kind)
-        if flat.size != int(np.prod(shape)):
+        if flat.size != math.prod(shape):
             raise invalid(f"sequence {message.id!r} {field}: got {flat.size} values for shape {list(shape)}")
         return flat.reshape(shape)
 

@@ -41,8 +41,6 @@ UInt64Array = npt.NDArray[np.uint64]
 
 CURVES = 16
 VERSION = "1"
-_TOKEN_SALT = np.uint64(0x9E3779B97F4A7C15)
-_POSITION_SALT = np.uint64(0xD1B54A32D192ED03)
 _YIELD_EVERY = 16_384  # positions between two chances for a cancellation to arrive
 
 
@@ -166,7 +164,7 @@ class FakeEngine:
                 raise
 
     async def _compute(self, request: ScoreRequest) -> list[SequenceScore]:
-        prefixes = [_prefix_hash(ids, 0, self._seed)[-1] for ids in request.contexts]
+        prefixes = [self._prefix_hash(ids, 0, self._seed)[-1] for ids in request.contexts]
         curves = self._curves(request.signal.temperature)
         scores, since_yield = [], 0
         for sequence in request.sequences:
@@ -186,7 +184,7 @@ class FakeEngine:
         ids = sequence.response_ids
         hashes = np.empty(len(ids), dtype=np.uint64)
         hashes[0] = prefix
-        hashes[1:] = _prefix_hash(ids[:-1], start, prefix)
+        hashes[1:] = self._prefix_hash(ids[:-1], start, prefix)
         state = _mix(hashes)
         curve = (state & np.uint64(CURVES - 1)).astype(np.intp)
         rotation = ((state >> np.uint64(20)) % np.uint64(self.settings.vocab_size)).astype(np.int32)
@@ -211,11 +209,23 @@ class FakeEngine:
         )
         return self._spoil(score, state) if self.settings.nan_rate else score
 
+    def _prefix_hash(self, ids: Int32Array, start: int, seed: np.uint64) -> UInt64Array:
+        """Running hash [N] of `ids` at positions start, start+1, …, continuing from `seed`."""
+        # An odd factor for each position: no token hash is lost, and swapped tokens differ.
+        positions = np.arange(2 * start + 1, 2 * (start + len(ids)), 2, dtype=np.uint64)
+        positions *= self._token_hash[ids]
+        running = np.cumsum(positions, dtype=np.uint64)
+        running += seed
+        return running
+
     def _top(
         self, curve: npt.NDArray[np.intp], rotation: Int32Array, top_k: int, curves: _Curves
     ) -> tuple[Int32Array, FloatArray]:
-        windows = np.lib.stride_tricks.sliding_window_view(self._unrolled, top_k)
-        return windows[rotation], np.ascontiguousarray(curves.logprobs[:, :top_k])[curve]
+        if top_k not in self._windows:
+            self._windows[top_k] = np.lib.stride_tricks.sliding_window_view(self._unrolled, top_k)
+        return self._windows[top_k][rotation], np.ascontiguousarray(curves.logprobs[:, :top_k]).take(
+            curve, axis=0
+        )
 
     def _candidates(
         self, ids: Int32Array, curve: npt.NDArray[np.intp], rotation: Int32Array, curves: _Curves
@@ -252,6 +262,7 @@ class FakeEngine:
         vocab = self.settings.vocab_size
         rng = np.random.default_rng([self.settings.seed, self._identity.weights_version])
         self._seed = np.uint64(rng.integers(1, 2**63, dtype=np.uint64))
+        self._token_hash = rng.integers(0, 2**64, vocab, dtype=np.uint64)
         permutation = rng.permutation(vocab).astype(np.int32)
         # Long enough that the window of any rotation is one contiguous slice.
         self._unrolled = np.concatenate([permutation, permutation])
@@ -261,6 +272,7 @@ class FakeEngine:
         steps = rng.exponential(0.02, size=(CURVES, vocab)).cumsum(axis=1) / np.sqrt(vocab)
         self._logits = -sharpness * np.log1p(np.arange(vocab))[None, :] - steps
         self._by_temperature: dict[float, _Curves] = {}
+        self._windows: dict[int, Int32Array] = {}  # K → [V + V - K + 1, K], a view
 
     def _curves(self, temperature: float) -> _Curves:
         found = self._by_temperature.get(temperature)
@@ -274,16 +286,6 @@ class FakeEngine:
                 self._by_temperature.clear()
             self._by_temperature[temperature] = found
         return found
-
-
-def _prefix_hash(ids: Int32Array, start: int, seed: np.uint64) -> UInt64Array:
-    """Running hash [N] of `ids` at positions start, start+1, …, continuing from `seed`."""
-    tokens = ids.astype(np.uint64)
-    positions = np.arange(start, start + len(ids), dtype=np.uint64)
-    mixed = _mix(tokens * _TOKEN_SALT + positions * _POSITION_SALT)
-    running = np.cumsum(mixed, dtype=np.uint64)
-    running += seed
-    return running
 
 
 def _mix(values: UInt64Array) -> UInt64Array:
