@@ -275,3 +275,16 @@ async def test_a_model_that_cannot_be_loaded_fails_the_start(tmp_path: Path) -> 
     with pytest.raises(TutelageError, match="model: could not load"):
         await engine.start()
     await engine.close()
+
+
+async def test_a_log_that_cannot_be_written_keeps_nobody_waiting(tmp_path: Path) -> None:
+    def broken(*_args: Any, **_kwargs: Any) -> Any:
+        raise OSError("stderr is gone")
+
+    structlog.configure(processors=[broken])
+    engine = TransformersEngine(save_tiny_model(tmp_path / "model"), device="cpu", threads=1)
+    with pytest.raises(TutelageError, match="stderr is gone"):
+        await asyncio.wait_for(engine.start(), timeout=30)
+    with pytest.raises(TutelageError, match="closed"):
+        await engine.score(random_request(0))
+    await engine.close()

@@ -129,21 +129,24 @@ class TransformersEngine:
     def _live(self, ready: Answer[None]) -> None:
         if self._threads is not None:
             torch.set_num_threads(self._threads)
-        if not _attempt(self._open, ready, "loading"):
-            return
-        while (work := self._line.take()) is not None:
-            if isinstance(work, Control):
-                _attempt(work.run, work.answer, "control")
-            else:
-                self._outlive(work)
+        try:
+            if not _attempt(self._open, ready, "loading"):
+                return
+            while (work := self._line.take()) is not None:
+                if isinstance(work, Control):
+                    _attempt(work.run, work.answer, "control")
+                else:
+                    self._outlive(work)
+        finally:
+            self._line.close()  # however this thread ends, nobody waits for it
 
     def _outlive(self, batch: list[Unit]) -> None:
         """Run a batch; whatever goes wrong, its callers hear of it and the thread goes on."""
         try:
             self._run(batch)
         except Exception as error:
-            log.exception("engine_failed", during="batch")
             _fail(list(dict.fromkeys(unit.job for unit in batch)), error)
+            log.exception("engine_failed", during="batch")
 
     def _open(self) -> None:
         loaded = self._load()
@@ -193,8 +196,8 @@ class TransformersEngine:
                 for job in jobs:
                     self._run([unit for unit in batch if unit.job is job])
                 return
+            _fail(jobs, error)  # first: a log that cannot be written must not keep anyone waiting
             log.exception("batch_failed", sequences=sum(len(unit.sequences) for unit in batch))
-            _fail(jobs, error)
             return
         self._record(batch, scores, time.perf_counter() - began)
 
@@ -237,8 +240,8 @@ def _attempt(run: Callable[[], None], answer: Answer[None], what: str) -> bool:
         answer.fail(error)
         return False
     except Exception as error:
-        log.exception("engine_failed", during=what)
         answer.fail(TutelageError("INTERNAL", f"engine: {what} failed with {type(error).__name__}: {error}"))
+        log.exception("engine_failed", during=what)
         return False
     answer.resolve(None)
     return True
