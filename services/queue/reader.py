@@ -110,7 +110,8 @@ class ScoredReader:
                 await self._client.xack(self._stream.stream, self._stream.group, entry)
                 continue
             groups.append(_scored_group(entry, payload))
-            self._handed_out.add(entry)
+        # Only now: had a leftover's acknowledgement failed, all of them must be read again.
+        self._handed_out.update(group.entry for group in groups)
         return groups
 
 

@@ -34,8 +34,8 @@ SILENT_LEASES = 4
 class Worker(Generic[C]):
     """A member of a stream's consumer group; use it as an async context manager.
 
-    Every claim must end in one of `commit`/`finish`, `fail`, `bury` or `release`; until then its lease is
-    renewed by a thread. Leaving the context hands back whatever is still claimed.
+    Every claim must end in one of `commit`/`finish`, `fail`, `bury`, `release` or `abandon`; until then its
+    lease is renewed by a thread. Leaving the context hands back whatever is still claimed.
     """
 
     def __init__(
@@ -88,6 +88,10 @@ class Worker(Generic[C]):
     def holds(self, claim: C) -> bool:
         """False once the claim has ended, or its lease was lost to another worker."""
         return claim.entry in self._held
+
+    def abandon(self, claim: C) -> None:
+        """Stop renewing a claim that could not be ended: its lease runs out, which counts a delivery."""
+        self._drop(claim.entry)
 
     async def claim(self, max_items: int, block_ms: int) -> list[C]:
         """Up to `max_items` claims: leases that ran out first, then new entries.

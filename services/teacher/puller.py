@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from functools import partial
 
 import structlog
 from tutelage_client import codec
@@ -22,7 +23,7 @@ from services.teacher.jobs import job_request
 _HOPELESS = frozenset({"INVALID_ARGUMENT", "NOT_FOUND"})
 _BLOCK_MS = 1_000
 
-_log = structlog.get_logger(__name__)
+log = structlog.get_logger(__name__)
 
 
 class Puller:
@@ -71,18 +72,20 @@ class Puller:
         for claim in claiming.result():
             task = asyncio.create_task(self._work(worker, claim))
             self._running[task] = claim
-            task.add_done_callback(self._ended)
+            task.add_done_callback(partial(self._ended, worker))
 
     async def _until_stopped_or(self, *tasks: asyncio.Task[object]) -> None:
         stopping = asyncio.create_task(self._stopping.wait())
         await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
+    def _ended(self, worker: JobWorker, task: asyncio.Task[None]) -> None:
         claim = self._running.pop(task)
         error = None if task.cancelled() else task.exception()
         if error is not None:
-            _log.error("job_abandoned", group=claim.group, view=claim.view, exc_info=error)
+            # Not even its failure could be written down: let the lease run out.
+            worker.abandon(claim)
+            log.error("job_abandoned", group=claim.group, view=claim.view, exc_info=error)
 
     async def _finish(self, worker: JobWorker) -> None:
         """Wait for running jobs; when told to hurry, cancel them and hand their claims back."""
@@ -104,6 +107,10 @@ class Puller:
             raise
         except TutelageError as error:
             outcome = await self._fail(worker, claim, error)
+        except Exception as error:
+            log.exception("job_broke", group=claim.group, view=claim.view)
+            broke = TutelageError("INTERNAL", f"{type(error).__name__}: {error}")
+            outcome = await self._fail(worker, claim, broke)
         self._core.metrics.queue_jobs.labels(outcome).inc()
 
     async def _score(self, worker: JobWorker, claim: JobClaim) -> str:
@@ -120,7 +127,7 @@ class Puller:
         return "committed" if await worker.commit(claim, answer) else "second"
 
     async def _fail(self, worker: JobWorker, claim: JobClaim, error: TutelageError) -> str:
-        _log.warning(
+        log.warning(
             "job_failed",
             group=claim.group,
             view=claim.view,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Any
 
 import pytest
+import redis
 from support.queue_data import VIEW_TOKENS, make_group, make_request, make_scores
 from tutelage.v1.rollout_pb2 import Group, SampleOrder, ViewRequest
 from tutelage_client.errors import TutelageError
@@ -261,6 +263,26 @@ async def test_new_reader_gets_unacknowledged_groups_first(queue: Queue) -> None
     await restarted.acknowledge(seen)
     await restarted.acknowledge(seen)
     assert await queue.scored(RUN).read(5, 0) == []
+
+
+async def test_groups_beside_a_leftover_survive_a_lost_connection(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for index in range(3):
+        await queue.submit_group(make_group(RUN, index), [])
+    reader = queue.scored(RUN)
+    client: Any = reader._client
+    await client.delete(queue.keys.group(make_group(RUN, 2).id))
+    acknowledge, lost = client.xack, iter([True])
+
+    async def lose_once(*arguments: Any) -> Any:
+        if next(lost, False):
+            raise redis.ConnectionError("reset")
+        return await acknowledge(*arguments)
+
+    monkeypatch.setattr(client, "xack", lose_once)
+    found = [*await reader.read(5, 1000), *await reader.read(5, 100)]
+    assert [scored.group.index for scored in found] == [0, 1]
 
 
 async def test_process_is_alive_until_it_stops_saying_so(queue_url: str, queue: Queue) -> None:

@@ -17,7 +17,7 @@ from support.queue_data import make_group, make_request
 from support.teachers import TeacherProcess, teacher_process
 from tutelage_client import AsyncTeacherClient, RetryPolicy, TeacherClient, TutelageError, codec
 
-from services.queue import LeaseSettings, Queue
+from services.queue import LeaseSettings, Queue, connect
 from services.queue.embedded import EmbeddedServer
 from services.teacher.engines.fake import FakeEngine, FakeSettings
 from services.teacher.jobs import job_request
@@ -254,3 +254,22 @@ async def test_an_engine_that_fails_often_still_gets_every_job_scored_or_buried(
                 found = await wait_scored(queue, "r", 40)
             statuses = [group.status for group in found.values()]  # type: ignore[attr-defined]
             assert statuses.count("scored") >= 36  # a job fails for good at 0.3 ** 3
+
+
+async def test_a_job_that_cannot_be_read_is_buried_like_any_failure(tmp_path: Path) -> None:
+    with EmbeddedServer(tmp_path / "queue") as server:
+        async with Queue(server.url, lease=LeaseSettings(heartbeat=0.5)) as queue:
+            view = make_request("fake")
+            view.signal.sampled = True
+            groups = [make_group("r", index) for index in range(2)]
+            for group in groups:
+                await queue.submit_group(group, [view])
+            client = connect(server.url)
+            await client.hset(queue.keys.group(groups[0].id), "request:teacher", b"\xff\xff")  # type: ignore[misc]
+            await client.aclose()
+            with teacher_process(tmp_path / "t", queue_url=server.url, heartbeat_seconds=0.5):
+                found = await wait_scored(queue, "r", 2)
+            assert "DecodeError" in found["r-0"].errors["teacher"]  # type: ignore[attr-defined]
+            assert found["r-1"].status == "scored"  # type: ignore[attr-defined]
+            (letter,) = await queue.dead_letters("fake")
+            assert letter.deliveries == 3
