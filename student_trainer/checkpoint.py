@@ -68,7 +68,10 @@ class CheckpointStore:
         return sorted(int(match[1]) for match in matches if match)
 
     def newest(self) -> tuple[Checkpoint | None, list[Damaged]]:
-        """The newest whole checkpoint, and the damaged ones that were passed over on the way."""
+        """The newest whole checkpoint, and the damaged ones that were passed over on the way.
+
+        Nothing is moved: when none is whole, the next look must find them damaged again.
+        """
         sweep_leftovers(self.directory)
         damaged: list[Damaged] = []
         for step in reversed(self.steps()):
@@ -77,6 +80,17 @@ class CheckpointStore:
                 return Checkpoint(path, Ledger.from_json((path / _LEDGER).read_text())), damaged
             damaged.append(Damaged(path, reason))
         return None, damaged
+
+    def set_aside(self, damaged: Damaged) -> Path:
+        """Take a damaged checkpoint out of the count, or it would be kept in place of a whole one.
+
+        Its files stay for inspection, in damaged-step-00000050/ beside the others.
+        """
+        aside = damaged.path.with_name(f"damaged-{damaged.path.name}")
+        if aside.exists():
+            remove_directory(aside)
+        damaged.path.rename(aside)
+        return aside
 
     def prune(self, keep: int) -> None:
         """Delete all but the newest `keep` checkpoints."""

@@ -25,8 +25,6 @@ def restore(config: RunConfig, checkpoints: CheckpointStore, learner: Learner) -
             with other settings.
     """
     checkpoint, damaged = checkpoints.newest()
-    for skipped in damaged:
-        log.warning("checkpoint is damaged and skipped", path=str(skipped.path), reason=skipped.reason)
     if checkpoint is None:
         if damaged:
             raise _precondition(
@@ -44,6 +42,9 @@ def restore(config: RunConfig, checkpoints: CheckpointStore, learner: Learner) -
     except ValueError as error:
         raise _precondition(str(error)) from error
     learner.restore_random_state(tensors)
+    for skipped in damaged:
+        aside = checkpoints.set_aside(skipped)
+        log.warning("checkpoint is damaged and skipped", moved_to=str(aside), reason=skipped.reason)
     log.info("resumed", step=checkpoint.ledger.step, checkpoint=str(checkpoint.path))
     return checkpoint.ledger
 

@@ -11,7 +11,7 @@ from support.training_run import write_model
 from tutelage_client.errors import TutelageError
 
 from student_trainer import trackers
-from student_trainer.checkpoint import CheckpointStore
+from student_trainer.checkpoint import CheckpointStore, find_damage
 from student_trainer.config import RunConfig, parse_run_config
 from student_trainer.learner import Learner
 from student_trainer.metrics import MetricsFile, SamplingRates, open_trackers
@@ -184,3 +184,21 @@ def test_run_whose_every_checkpoint_is_damaged_does_not_start_over(root: Path, t
     (tmp_path / "step-00000000" / "ledger.json").write_text("{}")
     with pytest.raises(TutelageError, match="none of the 1 checkpoints"):
         restore(config, store, make_learner(config))
+
+
+def test_damaged_checkpoint_is_not_kept_in_place_of_a_whole_one(root: Path, tmp_path: Path) -> None:
+    config = make_config(root)
+    store, learner = CheckpointStore(tmp_path), make_learner(config)
+    ledger = restore(config, store, learner)
+    for step in (50, 100):
+        ledger.step = step
+        store.save(learner.state_tensors(), ledger)
+    (tmp_path / "step-00000100" / "manifest.json").unlink()
+    resumed = restore(config, store, learner)
+    assert resumed.step == 50
+    resumed.step = 60
+    store.save(learner.state_tensors(), resumed)
+    store.prune(1)
+    assert store.steps() == [60]
+    assert find_damage(tmp_path / "step-00000060") is None
+    assert (tmp_path / "damaged-step-00000100" / "ledger.json").is_file()
