@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
@@ -14,7 +15,10 @@ FAST_LEASE = LeaseSettings(heartbeat=0.4)
 
 @pytest.fixture(scope="session")
 def queue_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of a server that lives for the whole session."""
+    """Address of a server that lives for the whole session; TUTELAGE_TEST_QUEUE_URL names another one."""
+    if given := os.environ.get("TUTELAGE_TEST_QUEUE_URL"):
+        yield given
+        return
     with EmbeddedServer(tmp_path_factory.mktemp("queue")) as server:
         yield server.url
 
