@@ -25,11 +25,22 @@ log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
+class Refusal:
+    """Why a step left weights and optimizer as they were.
+
+    `diverged` tells numbers that are not finite from a step that had nothing to train on.
+    """
+
+    reason: str
+    diverged: bool
+
+
+@dataclass(frozen=True)
 class StepResult:
     """What a step did.
 
-    `sums` are the objective's sums over trained positions (see LossOutput). `refused` says why the
-    weights were left as they were; None when they were updated.
+    `sums` are the objective's sums over trained positions (see LossOutput). `refused` is None when
+    the weights were updated.
     """
 
     loss: float
@@ -38,7 +49,7 @@ class StepResult:
     sums: dict[str, float]
     micro_batches: tuple[MicroBatch, ...]
     per_token: tuple[dict[str, Tensor], ...]  # one per micro-batch when traces were asked for
-    refused: str | None
+    refused: Refusal | None
 
 
 class Learner:
@@ -56,15 +67,13 @@ class Learner:
         micro_batches = pack_step(groups, self._plan, self._settings.micro_batch_tokens)
         rate = learning_rate(self._settings, step)
         outputs: list[LossOutput] = []
-        refused = None if micro_batches else "no position of the step can be trained on"
         norm = math.nan
         try:
             outputs = [self._backward(micro_batch, traces) for micro_batch in micro_batches]
-            if outputs:
-                norm = self._clip()
-                refused = None if math.isfinite(norm) else f"the gradient norm is {norm}"
+            norm = self._clip()
+            refused = _refusal(outputs, norm)
         except NonFiniteStudentError as error:
-            refused = str(error)
+            refused = Refusal(str(error), diverged=True)
         if refused is None:
             set_learning_rate(self._optimizer, rate)
             self._optimizer.step()
@@ -119,3 +128,10 @@ class Learner:
     def _clip(self) -> float:
         parameters = [parameter for _, parameter in self._parameters]
         return float(torch.nn.utils.clip_grad_norm_(parameters, self._settings.gradient_clip))
+
+
+def _refusal(outputs: Sequence[LossOutput], norm: float) -> Refusal | None:
+    """A gradient of nothing is zero, and AdamW would still move the weights by momentum and decay."""
+    if not any(output.metrics["positions"] for output in outputs):
+        return Refusal("no position of the step can be trained on", diverged=False)
+    return None if math.isfinite(norm) else Refusal(f"the gradient norm is {norm}", diverged=True)

@@ -70,7 +70,7 @@ class Trainer:
         self._ledger = parts.ledger
         self._settings = parts.config.training
         self._saved_step = parts.ledger.step
-        self._refused_in_a_row = 0
+        self._diverged_in_a_row = 0
         self._alignment_checked = False
         self._sampling = SamplingRates()
         self._clock = Clock()
@@ -155,17 +155,19 @@ class Trainer:
         await self._log_evaluations(progress)
 
     def _count_refusal(self, result: StepResult) -> None:
-        if result.refused is None:
-            self._refused_in_a_row = 0
+        """Count every refusal; only numbers that are not finite, step after step, end the run."""
+        refused = result.refused
+        if refused is None:
+            self._diverged_in_a_row = 0
             return
         self._ledger.refused_steps += 1
-        self._refused_in_a_row += 1
-        log.warning("step refused, weights unchanged", step=self._ledger.step, reason=result.refused)
-        if self._refused_in_a_row >= self._settings.max_refused_steps:
+        log.warning("step refused, weights unchanged", step=self._ledger.step, reason=refused.reason)
+        self._diverged_in_a_row += refused.diverged
+        if refused.diverged and self._diverged_in_a_row >= self._settings.max_refused_steps:
             raise TutelageError(
                 "FAILED_PRECONDITION",
-                f"{self._refused_in_a_row} steps in a row were refused, the last one because "
-                f"{result.refused}; lower [training] learning_rate, or look for the cause in metrics.jsonl",
+                f"{self._diverged_in_a_row} steps in a row were refused, the last one because "
+                f"{refused.reason}; lower [training] learning_rate, or look for the cause in metrics.jsonl",
             )
 
     async def _save_and_publish(self) -> None:

@@ -102,9 +102,10 @@ def _metrics(rows: Rows) -> dict[str, float]:
 def _per_token(rows: Rows, positions: int) -> dict[str, Tensor] | None:
     if rows.traces is None:
         return None
-    spread = {}
+    nowhere = torch.full((positions,), torch.nan, dtype=torch.float32, device=rows.index.device)
+    spread = {"student_logprob": nowhere}  # also of a batch that has no row to train on
     for name, chunks in rows.traces.items():
-        values = torch.full((positions,), torch.nan, dtype=torch.float32, device=rows.index.device)
+        values = nowhere.clone()
         values[rows.index] = torch.cat(chunks).to(torch.float32)
         spread[name] = values
     return spread

@@ -144,6 +144,14 @@ def test_reward_alone_trains_without_any_teacher(bench: Bench) -> None:
     assert (run.directory / "student" / "config.json").is_file()
 
 
+def test_steps_with_nothing_to_train_on_are_counted_and_do_not_end_the_run(bench: Bench) -> None:
+    objective = GRPO + "tokens = { skip_first_n = 50 }\n"
+    run = bench.run("closed", objective=objective, training="steps = 4\nmax_refused_steps = 2")
+    bench.processes.sampler(run)
+    finish(bench.processes.trainer(run), run)
+    assert [record["refused_steps"] for record in run.metrics()] == [1, 2, 3, 4]
+
+
 def test_finished_run_is_finished_again_at_once(bench: Bench) -> None:
     run = bench.run("twice", objective=GRPO, training="steps = 1")
     sampler = bench.processes.sampler(run)

@@ -88,6 +88,9 @@ def make_scores(group: Group, plan: Plan, view: str = "teacher", identity: Ident
     for place, rollout in enumerate(group.rollouts):
         ids = np.frombuffer(rollout.response_ids, dtype="<i4")
         score = SequenceScore(id=str(place), sampled=teacher[ids], valid=np.ones(len(ids), dtype=np.bool_))
+        if signal.entropy:
+            entropy = -(np.exp(teacher) * teacher).sum()
+            score = replace(score, entropy=np.full(len(ids), entropy, dtype=np.float32))
         if signal.top_k:
             top = np.tile(order[: signal.top_k], (len(ids), 1))
             score = replace(score, top_ids=top, top_logprobs=teacher[top])

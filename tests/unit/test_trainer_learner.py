@@ -216,7 +216,8 @@ def test_gradient_that_is_not_finite_leaves_the_weights_alone(model: Path) -> No
     result = learner.step(groups_of(1), 1)
     hook.remove()
     assert result.refused is not None
-    assert "gradient norm" in result.refused
+    assert "gradient norm" in result.refused.reason
+    assert result.refused.diverged
     for name, tensor in learner.state_tensors().items():
         assert torch.equal(tensor, before[name]), name
     assert learner.step(groups_of(2), 2).refused is None
@@ -228,6 +229,38 @@ def test_diverged_student_is_refused_and_not_trained_on(model: Path) -> None:
         learner.student.trained()[0][1].fill_(math.nan)
     result = learner.step(groups_of(0), 0)
     assert result.refused is not None
+    assert result.refused.diverged
+
+
+@pytest.mark.parametrize(
+    "tokens", [{"teacher_entropy_above": 50.0}, {"skip_first_n": 50}], ids=["gate", "place"]
+)
+def test_step_without_a_position_to_train_on_moves_nothing(model: Path, tokens: dict[str, float]) -> None:
+    """AdamW would move the weights by momentum and decay alone."""
+    learner = make_learner(model, weight_decay=0.1)
+    learner.step(groups_of(0), 0)
+    before = {name: tensor.clone() for name, tensor in learner.state_tensors().items()}
+    closed = make_plan(support="teacher_topk", k=16, tail="bucket", estimator="pathwise", tokens=tokens)
+    learner._plan = closed
+    result = learner.step(groups_of(1, closed), 1, traces=True)
+    assert result.refused is not None
+    assert not result.refused.diverged
+    for name, tensor in learner.state_tensors().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_micro_batch_without_a_position_to_train_on_is_traced_as_such(model: Path) -> None:
+    plan = make_plan(
+        support="teacher_topk", k=16, tail="bucket", estimator="pathwise", tokens={"skip_first_n": 4}
+    )
+    learner = make_learner(model, plan, micro_batch_tokens=8)
+    result = learner.step(groups_of(0, plan, count=1), 0, traces=True)
+    assert [member.rollout.length for batch in result.micro_batches for member in batch.members] == [3, 5]
+    assert result.refused is None
+    short, long = (traces["student_logprob"] for traces in result.per_token)
+    assert torch.isnan(short).all()
+    assert torch.isfinite(long).tolist() == [False] * 4 + [True]
+    check_alignment(result, 1)
 
 
 def test_dropout_of_the_model_stays_off(tmp_path: Path) -> None:
