@@ -7,7 +7,7 @@ asked for. A rollout whose own scoring failed is left out alone.
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isclose
 
 import numpy as np
@@ -193,13 +193,16 @@ def _verify_view(
     _verify_pin(view, score.identity, pins)
     if len(score.sequences) != len(rollouts):
         raise _shape(f"view {view!r}: got {len(score.sequences)} scores for {len(rollouts)} rollouts")
+    verified = []
     for place, (found, rollout) in enumerate(zip(score.sequences, rollouts, strict=True)):
         where = f"view {view!r}, rollouts[{place}]"
         if found.id != str(place):
             raise _shape(f"{where}: got the score of sequence {found.id!r}")
         if found.error is None:
             _verify_arrays(where, found, rollout, signal)
-    return score.sequences
+        usable = found.error is None and signal.top_k > 0
+        verified.append(_restrict_support(where, found, expected.vocab_size) if usable else found)
+    return tuple(verified)
 
 
 def _verify_tokenizer(view: str, identity: Identity, fingerprint: str) -> None:
@@ -219,6 +222,21 @@ def _verify_pin(view: str, identity: Identity, pins: MutableMapping[str, Teacher
     pinned = pins.setdefault(view, seen)
     if pinned != seen:
         raise RefusedGroupError("identity", f"view {view!r}: scored by {seen}, the run began with {pinned}")
+
+
+def _restrict_support(where: str, score: SequenceScore, vocab_size: int) -> SequenceScore:
+    """The teacher's most probable ids without those that the student's head has no row for.
+
+    Heads are padded to different sizes for the same tokenizer. An id that is left out belongs to
+    the tail of the support, like every id that was not among the most probable.
+    """
+    assert score.top_ids is not None
+    assert score.valid is not None
+    ids = np.where(score.valid[:, None], score.top_ids, PAD_ID)
+    ordered = np.sort(ids, axis=1)
+    if ordered.min() < PAD_ID or ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != PAD_ID)).any():
+        raise _shape(f"{where}.top_ids: an id is negative or appears twice at a position")
+    return replace(score, top_ids=np.where(ids < vocab_size, ids, PAD_ID))
 
 
 def _verify_arrays(where: str, score: SequenceScore, rollout: TrainingRollout, signal: Signal) -> None:

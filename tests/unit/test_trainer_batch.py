@@ -26,6 +26,7 @@ from tutelage_client.types import Score, SequenceError, SequenceScore
 from student_trainer.batch import MicroBatch, pack_step
 from student_trainer.ledger import TeacherPin
 from student_trainer.objective.compile import Plan
+from student_trainer.objective.loss import objective_loss
 from student_trainer.verify import RefusedGroupError, TrainingGroup, verify_group
 
 SAMPLED = make_plan()
@@ -202,6 +203,41 @@ def test_score_that_is_not_what_was_asked_for_is_refused(change: Change, reason:
     got = refused(group, change(make_scores(group, SAMPLED)))
     assert got[0] == reason
     assert message in got[1]
+
+
+@pytest.mark.parametrize("strange", [-2, 7], ids=["negative", "repeated"])
+def test_support_that_cannot_be_one_is_refused(strange: int) -> None:
+    group = make_group(0, TEACHER_TOP)
+    score = make_scores(group, TEACHER_TOP)
+    top = score.sequences[0].top_ids
+    assert top is not None
+    broken = np.array([[7, strange, 8, 9]] * len(top), dtype=np.int32)
+    got = refused(group, first(score, top_ids=broken), TEACHER_TOP)
+    assert got[0] == "shape"
+    assert "top_ids" in got[1]
+
+
+@pytest.mark.parametrize("plan", [TEACHER_TOP, UNION], ids=["teacher", "union"])
+def test_teacher_ids_that_the_student_has_no_row_for_are_left_to_the_tail(plan: Plan) -> None:
+    """Heads of one tokenizer are padded to different sizes; such an id must not end the run."""
+    group = make_group(0, plan)
+    score = make_scores(group, plan)
+    top = score.sequences[0].top_ids
+    assert top is not None
+    padded = top.copy()
+    padded[0, 1], padded[1] = VOCAB + 5, range(VOCAB, VOCAB + plan.k)
+    checked = verify_group(
+        scored(group, {"teacher": first(score, top_ids=padded)}), make_expectations(plan), {}
+    )
+    (micro_batch,) = pack_step([checked], plan, max_tokens=1000)
+    ids = micro_batch.tokens.views["teacher"].support_ids
+    assert ids is not None
+    assert ids[0, : plan.k].tolist() == [int(i) if k != 1 else -1 for k, i in enumerate(top[0])]
+    torch.manual_seed(0)
+    hidden, head = torch.randn(len(ids), 8), torch.randn(VOCAB, 8)
+    output = objective_loss(hidden, head, None, micro_batch.tokens, plan)
+    assert torch.isfinite(output.loss)
+    assert output.metrics["dropped_teacher"] == (1 if plan is TEACHER_TOP else 0)
 
 
 @pytest.mark.parametrize("changed", [{"weights_version": 1}, {"revision": "r1"}, {"model": "other"}])
