@@ -17,7 +17,8 @@ def check_alignment(result: StepResult, version: int) -> float | None:
     """Compare log p(y) of sampler and trainer where both had policy version `version`.
 
     Args:
-        result: of a step with traces, begun at weights `version`.
+        result: of a step with traces, begun at weights `version`, of a plan whose
+            `behaviour_comparable` holds: both sides at one temperature.
 
     Returns:
         The mean absolute difference in nats; None where nothing can be compared.

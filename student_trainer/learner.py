@@ -57,14 +57,14 @@ class Learner:
 
     def __init__(self, student: Student, plan: Plan, settings: TrainingSettings) -> None:
         self.student = student
-        self._plan = plan
+        self.plan = plan
         self._settings = settings
         self._parameters = student.trained()
         self._optimizer = build_optimizer(self._parameters, settings)
 
     def step(self, groups: Sequence[TrainingGroup], step: int, *, traces: bool = False) -> StepResult:
         """Train on `groups` as 0-based `step`; traces keep per-token values for the report."""
-        micro_batches = pack_step(groups, self._plan, self._settings.micro_batch_tokens)
+        micro_batches = pack_step(groups, self.plan, self._settings.micro_batch_tokens)
         rate = learning_rate(self._settings, step)
         outputs: list[LossOutput] = []
         norm = math.nan
@@ -117,7 +117,7 @@ class Learner:
             head.weight,
             head.bias,
             micro_batch.tokens.to(device),
-            self._plan,
+            self.plan,
             softcap=head.softcap,
             scale=head.scale,
             per_token=traces,

@@ -71,7 +71,7 @@ class Trainer:
         self._settings = parts.config.training
         self._saved_step = parts.ledger.step
         self._diverged_in_a_row = 0
-        self._alignment_checked = False
+        self._alignment_checked = not parts.learner.plan.behaviour_comparable
         self._sampling = SamplingRates()
         self._clock = Clock()
 

@@ -43,6 +43,7 @@ class Plan:
         k: ids per position and side, 0 without a top-k support.
         horizon: later tokens credited to a token; None is the rest of the response.
         temperature: of student and teacher alike.
+        sampling_temperature: at which the behaviour log-probabilities are taken.
         needs_teacher, needs_reward, needs_behaviour: what a TokenBatch must carry.
         warnings: what a user should know before starting.
     """
@@ -58,6 +59,7 @@ class Plan:
     discount: float
     advantage_clip: float | None
     temperature: float
+    sampling_temperature: float
     tokens: TokenSettings
     mix: Mix
     distill_coefficient: float
@@ -80,6 +82,11 @@ class Plan:
     def in_process(self) -> bool:
         """Whether student and teacher heads must sit in the trainer's process (support "full")."""
         return self.needs_teacher and self.support == "full"
+
+    @property
+    def behaviour_comparable(self) -> bool:
+        """Whether behaviour log-probabilities are of the student's distribution that is trained."""
+        return self.temperature == self.sampling_temperature
 
 
 def compile_plan(
@@ -126,6 +133,7 @@ def compile_plan(
         discount=row.discount,
         advantage_clip=row.advantage_clip,
         temperature=temperature,
+        sampling_temperature=student_temperature,
         tokens=row.tokens,
         mix=row.mix,
         distill_coefficient=row.distill_coefficient,
@@ -142,7 +150,8 @@ def compile_plan(
         needs_reward=row.mix != "replace" and row.reward_coefficient != 0,
         needs_behaviour=_needs_behaviour(row, needs_teacher),
         preset=settings.preset,
-        warnings=_warnings(row, divergence, needs_teacher),
+        warnings=_temperature_warnings(temperature, student_temperature)
+        + _warnings(row, divergence, needs_teacher),
     )
 
 
@@ -298,6 +307,15 @@ def _signal(row: ObjectiveSettings, k: int, temperature: float) -> Signal:
         candidates=row.support in ("student_topk", "union"),
         entropy=gated,
         temperature=temperature,
+    )
+
+
+def _temperature_warnings(temperature: float, student_temperature: float) -> tuple[str, ...]:
+    if temperature == student_temperature:
+        return ()
+    return (
+        f"objective.temperature = {temperature} is not sampling.temperature = {student_temperature}: that "
+        "trainer and sampler mean the same positions cannot be checked from their log-probabilities",
     )
 
 

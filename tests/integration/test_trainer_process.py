@@ -17,7 +17,16 @@ from typing import Any
 import pytest
 import redis
 import torch
-from support.training_run import Processes, TrainingRun, finish, kill, start_server, wait_until, write_model
+from support.training_run import (
+    PATHWISE,
+    Processes,
+    TrainingRun,
+    finish,
+    kill,
+    start_server,
+    wait_until,
+    write_model,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 GRPO = 'preset = "grpo"\n'
@@ -150,6 +159,15 @@ def test_steps_with_nothing_to_train_on_are_counted_and_do_not_end_the_run(bench
     bench.processes.sampler(run)
     finish(bench.processes.trainer(run), run)
     assert [record["refused_steps"] for record in run.metrics()] == [1, 2, 3, 4]
+
+
+def test_objective_with_a_temperature_of_its_own_is_not_taken_for_misalignment(bench: Bench) -> None:
+    """Log-probabilities at 1 and at 0.05 differ by more than rounding, and nothing is wrong."""
+    run = bench.run("cold", objective=PATHWISE + "temperature = 0.05\n", training="steps = 1")
+    bench.processes.sampler(run)
+    finish(bench.processes.trainer(run), run)
+    assert run.steps() == [1]
+    assert "objective.temperature = 0.05 is not sampling.temperature = 1.0" in run.log("trainer")
 
 
 def test_finished_run_is_finished_again_at_once(bench: Bench) -> None:

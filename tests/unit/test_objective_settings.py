@@ -115,6 +115,9 @@ def test_teacher_is_asked_at_the_sampling_temperature() -> None:
         compile_plan(ObjectiveSettings(preset="thinking-machines", temperature=1.0), student_temperature=0.7)
     separate = compile_plan(ObjectiveSettings(preset="gkd", temperature=1.1), student_temperature=0.7)
     assert separate.temperature == 1.1
+    assert not separate.behaviour_comparable
+    assert "objective.temperature = 1.1 is not sampling.temperature = 0.7" in separate.warnings[0]
+    assert plan_of(preset="gkd", temperature=0.7).behaviour_comparable
     with pytest.raises(ObjectiveError, match="must be positive"):
         plan_of(temperature=0.0)
 

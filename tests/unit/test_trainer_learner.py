@@ -241,7 +241,7 @@ def test_step_without_a_position_to_train_on_moves_nothing(model: Path, tokens: 
     learner.step(groups_of(0), 0)
     before = {name: tensor.clone() for name, tensor in learner.state_tensors().items()}
     closed = make_plan(support="teacher_topk", k=16, tail="bucket", estimator="pathwise", tokens=tokens)
-    learner._plan = closed
+    learner.plan = closed
     result = learner.step(groups_of(1, closed), 1, traces=True)
     assert result.refused is not None
     assert not result.refused.diverged
