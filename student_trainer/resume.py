@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import structlog
@@ -11,6 +12,7 @@ from student_trainer.checkpoint import CheckpointStore, load_tensors
 from student_trainer.config import RunConfig
 from student_trainer.learner import Learner
 from student_trainer.ledger import Ledger
+from student_trainer.objective.compile import Plan
 
 log = structlog.get_logger(__name__)
 
@@ -24,6 +26,7 @@ def restore(config: RunConfig, checkpoints: CheckpointStore, learner: Learner) -
         TutelageError: FAILED_PRECONDITION when every checkpoint is damaged, or belongs to a run
             with other settings.
     """
+    fixed = fixed_settings(config, learner.plan)
     checkpoint, damaged = checkpoints.newest()
     if checkpoint is None:
         if damaged:
@@ -32,10 +35,10 @@ def restore(config: RunConfig, checkpoints: CheckpointStore, learner: Learner) -
                 f"({damaged[0].path.name}: {damaged[0].reason}); restore one, or start in another directory"
             )
         first_evaluation = [0] if config.training.evaluate_every else []
-        ledger = Ledger(settings=fixed_settings(config), pending_evaluations=first_evaluation)
+        ledger = Ledger(settings=fixed, pending_evaluations=first_evaluation)
         checkpoints.save(learner.state_tensors(), ledger)
         return ledger
-    _check_same_run(config, checkpoint.ledger, checkpoints)
+    _check_same_run(fixed, checkpoint.ledger, checkpoints)
     tensors = learner.state_tensors()
     try:
         load_tensors(checkpoint, tensors)
@@ -49,21 +52,35 @@ def restore(config: RunConfig, checkpoints: CheckpointStore, learner: Learner) -
     return checkpoint.ledger
 
 
-def fixed_settings(config: RunConfig) -> dict[str, Any]:
-    """What may not change between a run and its resumption, by its place in the run file."""
-    lora = config.student.lora
+def fixed_settings(config: RunConfig, plan: Plan) -> dict[str, Any]:
+    """What may not change between a run and its resumption, by its place in the run file.
+
+    Groups that are queued were sampled and scored as the run file then said: whatever shapes them
+    belongs here, or they would be refused one after the other, or trained as what they are not.
+    """
+    lora, deterministic = config.student.lora, config.run.deterministic
     return {
         "run.name": config.run.name,
         "run.seed": config.run.seed,
-        "run.deterministic": config.run.deterministic,
+        "run.deterministic": deterministic,
         "training.prompts_per_step": config.training.prompts_per_step,
+        "training.max_staleness": config.training.max_staleness if deterministic else None,
+        "sampling.temperature": config.sampling.temperature,
+        "objective.temperature": plan.temperature,
+        "objective.k": plan.k,
+        "objective.views": {
+            view: {"teacher": teacher, **asdict(signal)}
+            for view, (teacher, signal) in plan.view_requests.items()
+        },
         "student.model": config.student.model,
+        "student.revision": config.student.revision,
+        "student.dtype": config.student.dtype,
         "student.lora": None if lora is None else lora.model_dump(mode="json"),
     }
 
 
-def _check_same_run(config: RunConfig, ledger: Ledger, checkpoints: CheckpointStore) -> None:
-    for name, value in fixed_settings(config).items():
+def _check_same_run(fixed: dict[str, Any], ledger: Ledger, checkpoints: CheckpointStore) -> None:
+    for name, value in fixed.items():
         saved = ledger.settings.get(name)
         if saved != value:
             raise _precondition(

@@ -21,6 +21,8 @@ from student_trainer.samples import discard_samples_above
 from student_trainer.status import StatusServer
 from student_trainer.student import load_student
 
+DISTILL = {"support": "student_topk", "k": 4, "tail": "bucket", "estimator": "pathwise"}
+
 
 def make_config(directory: Path, **changes: object) -> RunConfig:
     student = {"model": str(directory / "student"), "device": "cpu"} | dict(changes.pop("student", {}))  # type: ignore[call-overload]
@@ -30,7 +32,8 @@ def make_config(directory: Path, **changes: object) -> RunConfig:
             "student": student,
             "teachers": {"big": {"model": "unused"}},
             "data": {"task": "addition"},
-            "objective": {},
+            "sampling": changes.pop("sampling", {}),
+            "objective": changes.pop("objective", {}),
             "training": {"steps": 9, **changes},
         }
     )
@@ -127,8 +130,9 @@ def test_tensorboard_gets_every_finite_figure(tmp_path: Path) -> None:
 
 
 def make_learner(config: RunConfig) -> Learner:
-    plan = compile_plan(config.objective, student_temperature=1.0, teachers=["big"])
-    return Learner(load_student(config.student), plan, config.training)
+    plan = compile_plan(config.objective, student_temperature=config.sampling.temperature, teachers=["big"])
+    student = load_student(config.student.model_copy(update={"revision": None}))  # a local one has none
+    return Learner(student, plan, config.training)
 
 
 @pytest.fixture(scope="module")
@@ -156,16 +160,33 @@ def test_first_start_leaves_a_checkpoint_to_come_back_to(root: Path, tmp_path: P
         ({"run": {"deterministic": True}}, "run.deterministic"),
         ({"prompts_per_step": 5}, "training.prompts_per_step"),
         ({"student": {"lora": {"rank": 2}}}, "student.lora"),
+        ({"student": {"dtype": "bfloat16"}}, "student.dtype"),
+        ({"student": {"revision": "main"}}, "student.revision"),
+        ({"sampling": {"temperature": 0.5}}, "sampling.temperature"),
+        ({"objective": {**DISTILL, "temperature": 0.5}}, "objective.temperature"),
+        ({"objective": {**DISTILL, "k": 5}}, "objective.k"),
+        ({"objective": {**DISTILL, "support": "teacher_topk"}}, "objective.views"),
+        ({"objective": {**DISTILL, "tokens": {"teacher_entropy_above": 0.1}}}, "objective.views"),
     ],
 )
 def test_run_continues_only_as_it_began(
     root: Path, tmp_path: Path, changes: dict[str, object], name: str
 ) -> None:
-    config = make_config(root)
+    config = make_config(root, objective=DISTILL)
     store = CheckpointStore(tmp_path)
     restore(config, store, make_learner(config))
-    changed = make_config(root, **changes)
+    changed = make_config(root, **{"objective": DISTILL, **changes})
     with pytest.raises(TutelageError, match=f"holds a run with {name} = "):
+        restore(changed, store, make_learner(changed))
+
+
+def test_deterministic_run_keeps_its_staleness(root: Path, tmp_path: Path) -> None:
+    """Its queued groups are of exactly the versions that the old bound asked for."""
+    config = make_config(root, run={"deterministic": True})
+    store = CheckpointStore(tmp_path)
+    restore(config, store, make_learner(config))
+    changed = make_config(root, run={"deterministic": True}, max_staleness=3)
+    with pytest.raises(TutelageError, match=r"holds a run with training\.max_staleness = 1"):
         restore(changed, store, make_learner(changed))
 
 
@@ -173,7 +194,7 @@ def test_steps_and_learning_rate_may_change_on_resumption(root: Path, tmp_path: 
     config = make_config(root)
     store = CheckpointStore(tmp_path)
     restore(config, store, make_learner(config))
-    changed = make_config(root, steps=99, learning_rate=0.5, checkpoint_every=1)
+    changed = make_config(root, steps=99, learning_rate=0.5, checkpoint_every=1, max_staleness=3)
     assert restore(changed, store, make_learner(changed)).step == 0
 
 
