@@ -78,9 +78,13 @@ class PolicyStore:
                 remove_directory(self._path(version))
 
     def discard_above(self, version: int) -> None:
-        """Delete what a killed trainer published after the checkpoint that is being resumed."""
+        """Delete what a killed trainer published after the checkpoint that is being resumed.
+
+        Newest first: to a reader, a version that is absent below a newer one is gone for good, and
+        one above the newest is still to come.
+        """
         sweep_leftovers(self.directory)
-        for newer in self.versions():
+        for newer in reversed(self.versions()):
             if newer > version:
                 remove_directory(self._path(newer))
 

@@ -20,7 +20,7 @@ class StreamKeys:
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """Key names; the Lua scripts build `group`, `scored` and `placed` in the same way."""
+    """Key names; the Lua scripts build `group`, `scored`, `placed` and `submitted` in the same way."""
 
     namespace: str
 

@@ -251,6 +251,20 @@ async def test_buried_order_is_reported_and_can_be_placed_again(queue: Queue) ->
         assert await queue.place_order(order, again=True)
 
 
+async def test_buried_order_leaves_no_memory_of_what_it_submitted(queue: Queue) -> None:
+    order = SampleOrder(id="o", run=RUN)
+    await queue.place_order(order)
+    async with queue.orders(RUN, "a") as sampler:
+        [claim] = await sampler.claim(1, 1000)
+        await queue.submit_group(make_group(RUN, 0), [], order=claim)
+        await sampler.bury(claim, "INTERNAL: no such policy")
+        assert not await queue._client.exists(queue.keys.submitted(RUN, "o"))
+        assert await queue.submit_group(make_group(RUN, 1), [], order=claim) is Submitted.LOST
+        await queue.place_order(order, again=True)
+        [again] = await sampler.claim(1, 1000)
+        assert await queue.submit_group(make_group(RUN, 0), [], order=again) is Submitted.EXISTS
+
+
 async def test_new_reader_gets_unacknowledged_groups_first(queue: Queue) -> None:
     for index in range(3):
         await queue.submit_group(make_group(RUN, index), [])

@@ -10,11 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tutelage.v1.rollout_pb2 import SampleOrder
 
 from student_trainer.checkpoint import Checkpoint, CheckpointStore, find_damage, load_tensors
+from student_trainer.durable import remove_directory
 from student_trainer.index_set import IndexSet
 from student_trainer.ledger import Ledger, TeacherPin
 from student_trainer.policy_store import PolicyStore, PolicyVersion
+from student_trainer.sampler.policy import find_version
 
 
 def tensors(value: float) -> dict[str, torch.Tensor]:
@@ -226,6 +229,24 @@ def test_versions_after_a_resumed_checkpoint_are_discarded(tmp_path: Path) -> No
     latest = store.latest()
     assert latest is not None
     assert latest.version == 1
+
+
+def test_version_that_is_discarded_is_never_taken_for_one_that_is_gone_for_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sampler that looks between two deletions waits for the version instead of giving up its order."""
+    store = PolicyStore(tmp_path / "policy")
+    for version in range(4):
+        publish(store, version, "x")
+    looks = []
+
+    def remove_and_look(path: Path) -> None:
+        remove_directory(path)
+        looks.append(find_version(store, SampleOrder(id="o", policy_version=2, exact=True)))
+
+    monkeypatch.setattr("student_trainer.policy_store.remove_directory", remove_and_look)
+    store.discard_above(1)
+    assert [None if look is None else look.version for look in looks] == [2, None]
 
 
 def test_republished_version_has_another_stamp(tmp_path: Path) -> None:

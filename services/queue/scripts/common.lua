@@ -65,6 +65,8 @@ local function bury(id, deliveries, error, counter)
     end
   elseif entry.id and entry.run then
     redis.call('HSET', NAMESPACE .. ':placed:' .. entry.run, entry.id, 'dead')
+    -- As when it is finished: its lease is gone, so nobody can submit for it any more.
+    redis.call('UNLINK', NAMESPACE .. ':submitted:' .. entry.run .. ':' .. entry.id)
   end
 end
 
