@@ -34,7 +34,9 @@ def check_alignment(result: StepResult, version: int) -> float | None:
             [
                 torch.full(
                     (member.rollout.length,),
-                    member.group.policy_version == version and member.group.sampled_by == "student",
+                    member.group.policy_version == version
+                    and member.group.distance == 0
+                    and member.group.sampled_by == "student",
                 )
                 for member in micro_batch.members
             ]

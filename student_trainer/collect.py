@@ -13,6 +13,7 @@ from tutelage_client.errors import TutelageError
 from services.queue import ScoredGroup, ScoredReader
 from student_trainer.config import RunConfig
 from student_trainer.ledger import DropReason, Ledger
+from student_trainer.lineage import updates_between
 from student_trainer.pacing import Pacer
 from student_trainer.verify import Expectations, RefusedGroupError, TrainingGroup, verify_group
 from student_trainer.waiting import Watch
@@ -105,8 +106,7 @@ class Collector:
             log.info("group delivered again", group=scored.group.id)
             return False
         try:
-            group = verify_group(scored, self._expected, self._ledger.pins)
-            self._check_staleness(group)
+            group = self._check_staleness(verify_group(scored, self._expected, self._ledger.pins))
         except RefusedGroupError as error:
             self._refuse(scored, error.reason, error.message)
             return True
@@ -114,25 +114,28 @@ class Collector:
         (self._early if self._run.deterministic else batch)[index] = group
         return False
 
-    def _check_staleness(self, group: TrainingGroup) -> None:
-        """Raise when the group was sampled too many updates away from the weights it would train.
+    def _check_staleness(self, group: TrainingGroup) -> TrainingGroup:
+        """The group with its distance; raises when that is too far from the weights it would train.
 
         After a resumption groups may come from versions that were published after the checkpoint:
-        those weights are as many updates away as the numbers differ, so the distance counts.
+        the way to their weights leads back to the checkpoint, so that is what counts.
         """
         if self._run.deterministic:
-            exact = max(0, group.index // self._per_step - self._staleness)
+            step = group.index // self._per_step
+            exact = max(0, step - self._staleness)
             if group.policy_version != exact:
                 message = f"sampled by policy version {group.policy_version}, needs exactly {exact}"
                 raise RefusedGroupError("stale", message)
-            return
-        distance = abs(self._ledger.step - group.policy_version)
+            return replace(group, distance=step - exact)
+        ledger = self._ledger
+        distance = updates_between(ledger.lineage, ledger.step, group.lineage, group.policy_version)
         if distance > self._staleness:
             raise RefusedGroupError(
                 "stale",
-                f"sampled by policy version {group.policy_version}, {distance} from version "
-                f"{self._ledger.step}; max_staleness is {self._staleness}",
+                f"sampled by policy version {group.policy_version}, {distance} updates from version "
+                f"{ledger.step}; max_staleness is {self._staleness}",
             )
+        return replace(group, distance=distance)
 
     def _refuse(self, scored: ScoredGroup, reason: DropReason, message: str) -> None:
         log.warning("group dropped", group=scored.group.id, reason=reason, detail=message)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from student_trainer.index_set import IndexSet
+from student_trainer.lineage import Lineage, from_document, to_document
 
 # Why a group was not trained.
 DropReason = Literal["stale", "failed", "identity", "shape", "no_score"]
@@ -36,6 +37,7 @@ class Ledger:
     settings: dict[str, Any]  # what may not change between a run and its resumption
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     step: int = 0
+    lineage: Lineage = ()  # of the weights at `step`
     replacements: int = 0  # replacement groups ordered so far
     applied: IndexSet = field(default_factory=IndexSet)
     dropped: IndexSet = field(default_factory=IndexSet)
@@ -59,6 +61,7 @@ class Ledger:
         document = {name: getattr(self, name) for name in self.__slots__}
         document["applied"] = self.applied.intervals()
         document["dropped"] = self.dropped.intervals()
+        document["lineage"] = to_document(self.lineage)
         document["pins"] = {
             view: {name: getattr(pin, name) for name in TeacherPin.__slots__}
             for view, pin in self.pins.items()
@@ -70,6 +73,7 @@ class Ledger:
         document = json.loads(text)
         document["applied"] = IndexSet(document["applied"])
         document["dropped"] = IndexSet(document["dropped"])
+        document["lineage"] = from_document(document["lineage"])
         document["drop_counts"] = Counter(document["drop_counts"])
         document["pins"] = {view: TeacherPin(**pin) for view, pin in document["pins"].items()}
         return cls(**document)

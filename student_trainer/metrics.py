@@ -57,7 +57,7 @@ def step_record(
         if name in record:
             record["kl"] = record[name]
             break
-    staleness = [float(abs(ledger.step - 1 - group.policy_version)) for group in groups]
+    staleness = [float(group.distance) for group in groups]
     rewards = [reward for group in groups for reward in group.rewards if reward is not None]
     tokens = sum(group.num_tokens for group in groups)
     total_seconds = sum(seconds.values())

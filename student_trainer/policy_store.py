@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from student_trainer.durable import atomic_directory, remove_directory, sweep_leftovers
+from student_trainer.lineage import Lineage, from_document, to_document
 
 _NAME = re.compile(r"v(\d{8,})")
 _STAMP = "policy.json"
@@ -31,6 +32,7 @@ class PolicyVersion:
     version: int
     path: Path
     stamp: str
+    lineage: Lineage = ()
 
 
 class PolicyStore:
@@ -39,14 +41,15 @@ class PolicyStore:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
-    def publish(self, version: int, write: Callable[[Path], None]) -> PolicyVersion:
+    def publish(self, version: int, write: Callable[[Path], None], *, lineage: Lineage = ()) -> PolicyVersion:
         """Make a version visible: `write` fills an empty directory, which is then synced and renamed."""
         final = self._path(version)
         stamp = uuid.uuid4().hex
         with atomic_directory(final) as temporary:
             write(temporary)
-            (temporary / _STAMP).write_text(json.dumps({"version": version, "stamp": stamp}))
-        return PolicyVersion(version, final, stamp)
+            document = {"version": version, "stamp": stamp, "lineage": to_document(lineage)}
+            (temporary / _STAMP).write_text(json.dumps(document))
+        return PolicyVersion(version, final, stamp, lineage)
 
     def versions(self) -> list[int]:
         """Every published version, oldest first; empty before the first."""
@@ -59,10 +62,10 @@ class PolicyStore:
         """This version, or None when it is not published or already deleted."""
         path = self._path(version)
         try:
-            stamp = json.loads((path / _STAMP).read_text())["stamp"]
+            document = json.loads((path / _STAMP).read_text())
         except FileNotFoundError:
             return None
-        return PolicyVersion(version, path, stamp)
+        return PolicyVersion(version, path, document["stamp"], from_document(document["lineage"]))
 
     def latest(self) -> PolicyVersion | None:
         """The newest version, or None before the first."""

@@ -12,6 +12,7 @@ from student_trainer.checkpoint import CheckpointStore, load_tensors
 from student_trainer.config import RunConfig
 from student_trainer.learner import Learner
 from student_trainer.ledger import Ledger
+from student_trainer.lineage import continued
 from student_trainer.objective.compile import Plan
 
 log = structlog.get_logger(__name__)
@@ -37,6 +38,7 @@ def restore(config: RunConfig, checkpoints: CheckpointStore, learner: Learner) -
         first_evaluation = [0] if config.training.evaluate_every else []
         ledger = Ledger(settings=fixed, pending_evaluations=first_evaluation)
         checkpoints.save(learner.state_tensors(), ledger)
+        ledger.lineage = continued((), 0)
         return ledger
     _check_same_run(fixed, checkpoint.ledger, checkpoints)
     tensors = learner.state_tensors()
@@ -48,8 +50,10 @@ def restore(config: RunConfig, checkpoints: CheckpointStore, learner: Learner) -
     for skipped in damaged:
         aside = checkpoints.set_aside(skipped)
         log.warning("checkpoint is damaged and skipped", moved_to=str(aside), reason=skipped.reason)
-    log.info("resumed", step=checkpoint.ledger.step, checkpoint=str(checkpoint.path))
-    return checkpoint.ledger
+    ledger = checkpoint.ledger
+    ledger.lineage = continued(ledger.lineage, ledger.step)
+    log.info("resumed", step=ledger.step, checkpoint=str(checkpoint.path))
+    return ledger
 
 
 def fixed_settings(config: RunConfig, plan: Plan) -> dict[str, Any]:

@@ -100,7 +100,7 @@ class Trainer:
         parts, version = self._parts, self._ledger.step
         parts.policies.discard_above(version)
         if parts.policies.get(version) is None:
-            parts.policies.publish(version, parts.learner.student.export)
+            parts.policies.publish(version, parts.learner.student.export, lineage=self._ledger.lineage)
         await parts.recorder.status("training", self._ledger)
         await parts.evaluations.order(resuming=True)
         await parts.pacer.place_ahead(version)
@@ -124,7 +124,7 @@ class Trainer:
     def _step(self, groups: list[TrainingGroup]) -> StepResult:
         """One optimizer step, and its entry in the ledger."""
         parts, ledger, settings = self._parts, self._ledger, self._settings
-        comparable = not self._alignment_checked and any(g.policy_version == ledger.step for g in groups)
+        comparable = not self._alignment_checked and any(group.distance == 0 for group in groups)
         every = settings.sample_every
         sampled = every > 0 and (ledger.step == 0 or (ledger.step + 1) % every == 0)
         result = parts.learner.step(groups, ledger.step, traces=sampled or comparable)
@@ -176,7 +176,7 @@ class Trainer:
         parts.evaluations.note(version)
         if version % self._settings.checkpoint_every == 0 or version == self._settings.steps:
             await self._checkpoint()
-        parts.policies.publish(version, parts.learner.student.export)
+        parts.policies.publish(version, parts.learner.student.export, lineage=self._ledger.lineage)
         parts.policies.prune(self._oldest_needed(), pinned=self._ledger.pending_evaluations)
         await parts.pacer.place_ahead(version)
         await parts.evaluations.order()

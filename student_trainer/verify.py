@@ -20,6 +20,7 @@ from tutelage_client.types import PAD_ID, Identity, Int32Array, SequenceScore, S
 
 from services.queue import ScoredGroup
 from student_trainer.ledger import DropReason, TeacherPin
+from student_trainer.lineage import Lineage, from_proto
 from student_trainer.objective.compile import Plan
 
 Float32Array = npt.NDArray[np.float32]
@@ -67,6 +68,8 @@ class TrainingGroup:
     rollouts: tuple[TrainingRollout, ...]
     places: tuple[int, ...]
     rewards: tuple[float | None, ...]
+    lineage: Lineage = ()  # of the policy version
+    distance: int = 0  # updates between the weights that sampled it and those it trains; set on collection
     score_seconds: float = 0.0  # what the engines spent on it
 
     @property
@@ -128,6 +131,7 @@ def verify_group(
         ),
         places=places,
         rewards=tuple(rollout.reward for rollout in rollouts),
+        lineage=from_proto(group.lineage),
         score_seconds=sum(response.usage.compute_ms for response in scored.scores.values()) / 1e3,
     )
 

@@ -12,6 +12,7 @@ from tutelage.v1.teacher_pb2 import Context, Pins
 from tutelage_client.codec import signal_to_proto
 from tutelage_client.types import Int32Array
 
+from student_trainer.lineage import Lineage, to_proto
 from student_trainer.objective.compile import Plan
 from student_trainer.sampler.candidates import student_candidates
 from student_trainer.sampler.data import PromptSource
@@ -80,8 +81,14 @@ class GroupSampler:
         self._pins = pins
         self._other = other
 
-    def sample(self, indices: Sequence[int], policy_version: int) -> list[SampledGroup]:
-        """The groups of `indices`, in order, sampled with the weights that are loaded now."""
+    def sample(
+        self, indices: Sequence[int], policy_version: int, lineage: Lineage = ()
+    ) -> list[SampledGroup]:
+        """The groups of `indices`, in order, sampled with the weights that are loaded now.
+
+        Args:
+            policy_version, lineage: of those weights; written into the groups.
+        """
         examples = [self.prompts.example(index) for index in indices]
         prompts = self.encoder.encode(examples)
         by_student = [self._student_samples(index) for index in indices]
@@ -101,6 +108,7 @@ class GroupSampler:
         for i, example in enumerate(examples):
             group = self._group(indices[i], example, prompts[i], responses[i])
             group.policy_version = policy_version
+            group.lineage.extend(to_proto(lineage))
             group.sampled_by = STUDENT if by_student[i] or self._other is None else self._other.name
             groups.append(SampledGroup(group, self._requests(group)))
         return groups

@@ -10,6 +10,7 @@ from tutelage.v1.rollout_pb2 import SampleOrder
 from tutelage_client.errors import TutelageError, invalid
 
 from services.models.load import LoadedModel, load_causal_lm, load_weights
+from student_trainer.lineage import Lineage
 from student_trainer.policy_store import PolicyStore, PolicyVersion
 
 log = structlog.get_logger(__name__)
@@ -41,6 +42,11 @@ class StudentPolicy:
     def version(self) -> int:
         """The version whose weights are loaded."""
         return self._loaded.version
+
+    @property
+    def lineage(self) -> Lineage:
+        """How the loaded weights came to be."""
+        return self._loaded.lineage
 
     def ready(self, order: SampleOrder) -> bool:
         """Load what `order` asks for: exactly its version, else the newest that is not older.

@@ -190,7 +190,8 @@ class OrderService:
 
     async def _sample(self, indices: range) -> list[SampledGroup]:
         started = time.perf_counter()
-        groups = await asyncio.to_thread(self._sampler.sample, indices, self._policy.version)
+        policy = self._policy
+        groups = await asyncio.to_thread(self._sampler.sample, indices, policy.version, policy.lineage)
         self._counters.sample_seconds += time.perf_counter() - started
         return groups
 

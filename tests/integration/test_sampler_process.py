@@ -21,6 +21,7 @@ from services.models.fingerprint import tokenizer_fingerprint
 from services.queue import LeaseSettings, Queue
 from services.queue.embedded import EmbeddedServer
 from student_trainer.config import RunConfig, load_run_config
+from student_trainer.lineage import Stretch
 from student_trainer.policy_store import PolicyStore
 from student_trainer.sampler import process
 from student_trainer.sampler.build import build_sampler
@@ -123,7 +124,8 @@ class Run:
         self.logs = path.parent
 
     def publish(self, version: int) -> None:
-        self.store.publish(version, lambda directory: write_model(directory, seed=version))
+        lineage = (Stretch("first", 0),)
+        self.store.publish(version, lambda directory: write_model(directory, seed=version), lineage=lineage)
 
     async def order(self, number: int = 0, groups: int = 5, **fields: Any) -> SampleOrder:
         order = SampleOrder(
@@ -166,7 +168,9 @@ class Run:
         groups = [
             sampled.group
             for start in range(indices.start, indices.stop, 3)
-            for sampled in sampler.sample(range(start, min(start + 3, indices.stop)), version)
+            for sampled in sampler.sample(
+                range(start, min(start + 3, indices.stop)), version, published.lineage
+            )
         ]
         return {group.id: group.SerializeToString(deterministic=True) for group in groups}
 
@@ -295,7 +299,8 @@ async def test_weights_are_read_again_when_a_version_is_published_anew(make_run:
     run.publish(1)
     async with run.sampler():
         run.store.discard_above(0)
-        run.store.publish(1, lambda directory: write_model(directory, seed=99))
+        lineage = (Stretch("first", 0), Stretch("resumed", 0))
+        run.store.publish(1, lambda directory: write_model(directory, seed=99), lineage=lineage)
         await run.order(0, policy_version=1, exact=True)
         seen = await run.scored()
     assert {k: v for k, (v, _) in seen.items()} == run.expected(1, range(5))

@@ -23,6 +23,7 @@ from student_trainer.collect import Collector
 from student_trainer.config import RunConfig, parse_run_config
 from student_trainer.evaluations import Evaluations
 from student_trainer.ledger import Ledger
+from student_trainer.lineage import continued, to_proto
 from student_trainer.objective.compile import Plan
 from student_trainer.pacing import REPLACEMENTS_FROM, Pacer
 from student_trainer.policy_store import PolicyStore
@@ -120,6 +121,7 @@ async def sample_order(loop: Loop, claim: OrderClaim, pause: Pause) -> bool:
         version = order.policy_version if order.exact else loop.published
         await asyncio.sleep(pause())
         group = make_group(index, loop.plan, version=version, rewards=(1.0, 0.0))
+        group.lineage.extend(to_proto(loop.ledger.lineage))
         requests = [request(view, loop.plan, group.prompt_ids) for view in loop.plan.view_requests]
         while await loop.queue.submit_group(group, requests, order=claim) is Submitted.FULL:
             if loop.over.is_set():
@@ -246,6 +248,23 @@ async def test_versions_of_a_lost_timeline_count_as_just_as_far(queue: Queue) ->
     assert loop.ledger.drop_counts == {"stale": 2}
     assert 0 in loop.ledger.applied
     assert 1 in loop.ledger.applied
+
+
+async def test_version_of_a_killed_trainer_is_as_far_as_the_way_through_the_checkpoint(queue: Queue) -> None:
+    """Numbers that are next to each other name weights that parted many updates ago."""
+    killed = continued((), 0)
+    ledger = Ledger(settings={}, step=9, lineage=continued(killed, 5))
+    loop = Loop(queue, make_config(max_staleness=1), REWARD, ledger)
+    for index, (version, lineage) in enumerate([(8, killed), (9, killed), (9, ledger.lineage)]):
+        group = make_group(index, REWARD, version=version, rewards=(1.0, 0.0))
+        group.lineage.extend(to_proto(lineage))
+        await queue.submit_group(group, [])
+    async with running(loop, sample_orders(loop, lambda: 0.0)):
+        await loop.begin()
+        groups = await loop.step()
+    assert loop.ledger.drop_counts == {"stale": 2}
+    assert {group.distance for group in groups} == {0}
+    assert 2 in loop.ledger.applied
 
 
 async def test_deterministic_run_takes_its_own_groups_in_index_order(queue: Queue) -> None:

@@ -16,6 +16,7 @@ from student_trainer.checkpoint import Checkpoint, CheckpointStore, find_damage,
 from student_trainer.durable import remove_directory
 from student_trainer.index_set import IndexSet
 from student_trainer.ledger import Ledger, TeacherPin
+from student_trainer.lineage import continued, updates_between
 from student_trainer.policy_store import PolicyStore, PolicyVersion
 from student_trainer.sampler.policy import find_version
 
@@ -262,6 +263,40 @@ def test_store_without_a_version_is_empty(tmp_path: Path) -> None:
     store = PolicyStore(tmp_path / "absent")
     assert store.versions() == []
     assert store.latest() is None
+
+
+# Lineages.
+
+
+def test_updates_are_counted_through_the_last_common_weights() -> None:
+    killed = continued((), 0)
+    resumed = continued(killed, 50)
+    again = continued(resumed, 60)
+    other = continued(killed, 50)  # died before it saved anything
+    assert updates_between(resumed, 79, killed, 78) == 29 + 28
+    assert updates_between(resumed, 52, killed, 50) == 2
+    assert updates_between(resumed, 52, killed, 48) == 4
+    assert updates_between(resumed, 50, killed, 53) == 3
+    assert updates_between(resumed, 79, resumed, 78) == 1
+    assert updates_between(again, 62, resumed, 60) == 2
+    assert updates_between(again, 62, resumed, 61) == 2 + 1
+    assert updates_between(again, 62, killed, 61) == 12 + 11
+    assert updates_between(again, 62, other, 61) == 12 + 11
+    assert updates_between(again, 62, continued((), 0), 61) == 62 + 61
+
+
+def test_each_resumption_begins_a_stretch_that_checkpoints_and_policies_carry(tmp_path: Path) -> None:
+    lineage = continued(continued((), 0), 50)
+    CheckpointStore(tmp_path / "checkpoints").save(
+        tensors(0.0), Ledger(settings={}, step=60, lineage=lineage)
+    )
+    found, _ = CheckpointStore(tmp_path / "checkpoints").newest()
+    assert found is not None
+    assert found.ledger.lineage == lineage
+    store = PolicyStore(tmp_path / "policy")
+    published = store.publish(60, lambda directory: None, lineage=lineage)
+    assert published.lineage == lineage
+    assert store.get(60) == published
 
 
 # Index sets.

@@ -25,8 +25,16 @@ class Rollout(_message.Message):
     text: str
     def __init__(self, response_ids: _Optional[bytes] = ..., behaviour_logprobs: _Optional[bytes] = ..., candidate_ids: _Optional[bytes] = ..., num_candidates: _Optional[int] = ..., reward: _Optional[float] = ..., finished: bool = ..., text: _Optional[str] = ...) -> None: ...
 
+class PolicyStretch(_message.Message):
+    __slots__ = ("id", "start")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    start: int
+    def __init__(self, id: _Optional[str] = ..., start: _Optional[int] = ...) -> None: ...
+
 class Group(_message.Message):
-    __slots__ = ("id", "run", "index", "policy_version", "prompt_ids", "rollouts", "temperature", "prompt_text", "traceparent", "sampled_by")
+    __slots__ = ("id", "run", "index", "policy_version", "prompt_ids", "rollouts", "temperature", "prompt_text", "traceparent", "sampled_by", "lineage")
     ID_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
@@ -37,6 +45,7 @@ class Group(_message.Message):
     PROMPT_TEXT_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     SAMPLED_BY_FIELD_NUMBER: _ClassVar[int]
+    LINEAGE_FIELD_NUMBER: _ClassVar[int]
     id: str
     run: str
     index: int
@@ -47,7 +56,8 @@ class Group(_message.Message):
     prompt_text: str
     traceparent: str
     sampled_by: str
-    def __init__(self, id: _Optional[str] = ..., run: _Optional[str] = ..., index: _Optional[int] = ..., policy_version: _Optional[int] = ..., prompt_ids: _Optional[bytes] = ..., rollouts: _Optional[_Iterable[_Union[Rollout, _Mapping]]] = ..., temperature: _Optional[float] = ..., prompt_text: _Optional[str] = ..., traceparent: _Optional[str] = ..., sampled_by: _Optional[str] = ...) -> None: ...
+    lineage: _containers.RepeatedCompositeFieldContainer[PolicyStretch]
+    def __init__(self, id: _Optional[str] = ..., run: _Optional[str] = ..., index: _Optional[int] = ..., policy_version: _Optional[int] = ..., prompt_ids: _Optional[bytes] = ..., rollouts: _Optional[_Iterable[_Union[Rollout, _Mapping]]] = ..., temperature: _Optional[float] = ..., prompt_text: _Optional[str] = ..., traceparent: _Optional[str] = ..., sampled_by: _Optional[str] = ..., lineage: _Optional[_Iterable[_Union[PolicyStretch, _Mapping]]] = ...) -> None: ...
 
 class ViewRequest(_message.Message):
     __slots__ = ("view", "teacher", "pins", "signal", "contexts")
