@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +25,7 @@ class ChildSpec:
     role: str  # "teacher", "sampler" or "trainer"
     arguments: tuple[str, ...]
     grace_seconds: float = 40.0  # between SIGTERM and SIGKILL; longer than a replica drains
+    environment: Mapping[str, str] = field(default_factory=dict)  # beside this process's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,7 @@ class Child:
     def start(self) -> None:
         """Start the process, its output appended to the log."""
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        environment = {**os.environ, PARENT_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
+        own = {PARENT_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
         with self.log_path.open("ab") as log:
             self.log_offset = log.tell()
             self.process = subprocess.Popen(
@@ -69,7 +71,7 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=environment,
+                env={**os.environ, **self.spec.environment, **own},
                 start_new_session=True,
             )
         self.exit_code = None

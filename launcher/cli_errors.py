@@ -13,6 +13,10 @@ EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 # Codes of TutelageError that trying again cannot cure: `tutelage up` does not restart such a child.
 PERMANENT = ("INVALID_ARGUMENT", "FAILED_PRECONDITION", "NOT_FOUND", "UNAUTHENTICATED")
 
+# Settings whose values are never repeated, and mistakes of the key, whose value may be meant for one of them.
+SECRETS = frozenset({"tokens", "queue_url"})
+VALUE_UNTOLD = ("extra_forbidden", "model_type", "model_attributes_type")
+
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
@@ -34,12 +38,12 @@ def one_line_errors() -> Iterator[None]:
 
 def _sentence(problem: Any) -> str:
     place = ".".join(str(part) for part in problem["loc"])
-    message = problem["msg"].removeprefix("Value error, ")
-    return (
-        f"{place}: got {problem['input']!r}; {message}"
-        if place and problem["type"] != "value_error"
-        else message
-    )
+    message: str = problem["msg"].removeprefix("Value error, ")
+    if not place or problem["type"] == "value_error":
+        return message
+    if problem["type"] in VALUE_UNTOLD or SECRETS.intersection(problem["loc"]):
+        return f"{place}: {message}"
+    return f"{place}: got {problem['input']!r}; {message}"
 
 
 def _refuse(message: str, status: int = EXIT_BAD_INPUT) -> None:

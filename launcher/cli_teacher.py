@@ -9,6 +9,8 @@ import typer
 
 from launcher.cli_errors import one_line_errors
 
+QUEUE_URL_VARIABLE = "TUTELAGE_QUEUE_URL"
+
 
 def teacher(
     *,
@@ -44,7 +46,10 @@ def teacher(
         Path | None, typer.Option(help="PEM; callers must then present a certificate of it.")
     ] = None,
     queue: Annotated[
-        str | None, typer.Option(metavar="URL", help="Also take jobs from this Redis or Valkey.")
+        str | None,
+        typer.Option(
+            metavar="URL", envvar=QUEUE_URL_VARIABLE, help="Also take jobs from this Redis or Valkey."
+        ),
     ] = None,
     namespace: Annotated[str, typer.Option(help="Prefix of the queue's keys.")] = "tutelage",
     heartbeat_seconds: Annotated[float, typer.Option(help="How often leases are renewed.")] = 5.0,
@@ -112,15 +117,16 @@ def teacher(
 
 
 def _set(settings: dict[str, Any], text: str) -> None:
-    """Apply one KEY=VALUE; the settings themselves refuse keys that do not exist."""
+    """Apply one KEY=VALUE; the settings themselves refuse keys that do not exist.
+
+    No complaint repeats the value: it may be a token.
+    """
     key, equals, value = text.partition("=")
     if not equals:
-        raise typer.BadParameter(f"got {text!r}, must be KEY=VALUE", param_hint="--set")
+        raise typer.BadParameter("got no '=', must be KEY=VALUE", param_hint="--set")
     *sections, last = key.split(".")
     for section in sections:
         settings = settings.setdefault(section, {})
         if not isinstance(settings, dict):
-            raise typer.BadParameter(
-                f"got {text!r}, {section} has no settings of its own", param_hint="--set"
-            )
+            raise typer.BadParameter(f"got {key!r}, {section} has no settings of its own", param_hint="--set")
     settings[last] = value

@@ -21,8 +21,8 @@ from launcher.doctor_checks import (
     check_served,
     demands,
 )
-from launcher.logs import only_warnings
 from launcher.model_facts import ModelFacts, NotHere, read_facts
+from services.logs import log_to_stderr
 
 if TYPE_CHECKING:
     from tutelage_client.types import Limits
@@ -46,7 +46,7 @@ def run_doctor(run_file: Path, *, download: bool, token: str | None) -> int:
 
     from student_trainer.config import load_run_config
 
-    only_warnings(logging.ERROR)  # what matters becomes a line of the table
+    log_to_stderr(logging.ERROR)  # what matters becomes a line of the table
     config = load_run_config(run_file)
     findings = list(examine(config, download=download, token=token))
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
@@ -155,22 +155,22 @@ async def check_queue(config: RunConfig) -> Finding:
             )
         return Finding("ok", "queue", "embedded Valkey, started by tutelage up")
     from services.queue import check_server, connect
-    from services.queue.connection import AWAY
+    from services.queue.connection import AWAY, without_secrets
 
-    client = connect(url)
+    client, where = connect(url), without_secrets(url)
     try:
         await check_server(client)
         durable = int((await client.info("persistence")).get("aof_enabled", 0)) == 1
     except TutelageError as error:
         return Finding("fail", "queue", error.message)
     except AWAY as error:
-        return Finding("fail", "queue", f"{url}: {error}")
+        return Finding("fail", "queue", f"{where}: {error}")
     finally:
         await client.aclose()
     if not durable:
         return Finding(
             "warn",
             "queue",
-            f"{url}: keeps no append-only file; a restart of it loses queued work (appendonly yes)",
+            f"{where}: keeps no append-only file; a restart of it loses queued work (appendonly yes)",
         )
-    return Finding("ok", "queue", f"{url}: version and settings are right")
+    return Finding("ok", "queue", f"{where}: version and settings are right")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import time
@@ -10,9 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.logs import only_warnings
 from launcher.quickstart_models import TrainingFailedError, prepare_with_bars
 from launcher.up import only_one, run_up
+from services.logs import log_to_stderr
 
 if TYPE_CHECKING:
     from launcher.quickstart_measure import Measured
@@ -43,7 +44,7 @@ def run_quickstart(*, compare: bool) -> int:
     from rich.console import Console
     from rich.markup import escape
 
-    only_warnings()
+    log_to_stderr(logging.WARNING)
     console = Console(highlight=False, soft_wrap=True)
     started = time.monotonic()
     config = _config(MAIN)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -15,8 +16,8 @@ import numpy as np
 from tutelage_client.errors import TutelageError, invalid
 from tutelage_client.types import Pins, Score, ScoreRequest, Sequence, Signal
 
-from launcher.logs import only_warnings
 from launcher.score_files import Row, open_sink, read_rows, record_of
+from services.logs import log_to_stderr
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -49,7 +50,7 @@ def score_file(source: Path, options: ScoreOptions) -> int:
     Raises:
         TutelageError: the options, the file or the teacher do not fit; nothing is written then.
     """
-    only_warnings()
+    log_to_stderr(logging.WARNING)
     if (options.teacher is None) == (options.model is None):
         raise invalid("give exactly one of --teacher HOST:PORT and --model PATH_OR_ID")
     if options.output.suffix not in (".jsonl", ".parquet"):

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 from tutelage_client.errors import TutelageError
 
 from launcher.children import ChildSpec, RestartPolicy
-from launcher.logs import only_warnings
+from launcher.cli_teacher import QUEUE_URL_VARIABLE
 from launcher.progress import make_view
 from launcher.snapshots import Lookout
 from launcher.supervisor import Ending, Supervisor, install_signals
+from services.logs import log_to_stderr
 
 if TYPE_CHECKING:
     from launcher.progress import View
@@ -38,7 +39,7 @@ def run_up(run_file: Path, policy: RestartPolicy | None = None) -> int:
     """
     from student_trainer.config import load_run_config
 
-    only_warnings(logging.ERROR)  # the supervisor says itself when the queue is away
+    log_to_stderr(logging.ERROR)  # the supervisor says itself when the queue is away
     config = load_run_config(run_file)
     config.run.directory.mkdir(parents=True, exist_ok=True)
     with only_one(config.run.directory), make_view() as view:
@@ -111,7 +112,7 @@ def _replica(config: RunConfig, name: str, entry: TeacherEntry, index: int, queu
             entry.device,
         ),
         *("--max-batch-tokens", str(entry.max_batch_tokens), "--grpc-port", "0", "--http-port", "0"),
-        *("--queue", queue_url, "--namespace", config.queue.namespace, "--consumer", replica),
+        *("--namespace", config.queue.namespace, "--consumer", replica),
         *("--heartbeat-seconds", str(config.queue.heartbeat_seconds)),
         *("--ready-file", str(config.run.directory / "logs" / f"{replica}.ready.json")),
     ]
@@ -123,7 +124,8 @@ def _replica(config: RunConfig, name: str, entry: TeacherEntry, index: int, queu
         arguments.append("--deterministic")
     if config.threads is not None:
         arguments += ["--threads", str(config.threads)]
-    return ChildSpec(replica, "teacher", tuple(arguments))
+    # The address may hold a password; a command line is for every user of the machine to read.
+    return ChildSpec(replica, "teacher", tuple(arguments), environment={QUEUE_URL_VARIABLE: queue_url})
 
 
 def _embedded(config: RunConfig) -> EmbeddedServer | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sys
 from contextlib import closing
 
 import structlog
@@ -13,6 +12,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 from tutelage_client.errors import TutelageError
 
+from services.logs import log_to_stderr
 from services.queue import Queue
 from student_trainer.checkpoint import CheckpointStore
 from student_trainer.collect import Collector
@@ -41,7 +41,7 @@ def main(config: RunConfig) -> int:
     Raises:
         TutelageError: the run cannot go on; says what is wrong.
     """
-    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    log_to_stderr()
     _configure_torch(config)
     asyncio.run(_train(config))
     return 0

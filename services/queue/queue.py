@@ -6,12 +6,11 @@ import json
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import urlsplit
 
 from tutelage.v1.rollout_pb2 import Group, SampleOrder, ViewRequest
 from tutelage_client.errors import TutelageError, invalid
 
-from services.queue.connection import AWAY, Persistence, check_server, connect
+from services.queue.connection import AWAY, Persistence, check_server, connect, without_secrets
 from services.queue.keys import Keys, StreamKeys
 from services.queue.presence import Presence
 from services.queue.reader import ScoredReader
@@ -72,9 +71,9 @@ class Queue:
         try:
             await self._persist(lambda: check_server(self._client), "connecting", patience)
         except AWAY as error:
-            address = urlsplit(self.url)
-            where = f"{address.scheme}://{address.netloc.rpartition('@')[2]}{address.path}"
-            raise TutelageError("UNAVAILABLE", f"queue server {where}: {error}") from error
+            raise TutelageError(
+                "UNAVAILABLE", f"queue server {without_secrets(self.url)}: {error}"
+            ) from error
 
     async def close(self) -> None:
         """Close the connections; workers and readers of this handle must have ended."""

@@ -23,6 +23,7 @@ from services.api.core import ScoringCore
 from services.api.grpc_server import GrpcServer
 from services.api.http_app import build_app, build_metrics_app
 from services.api.http_server import HttpServer
+from services.logs import log_to_stderr
 from services.teacher.build import build_engine
 from services.teacher.engine import Engine
 from services.teacher.puller import Puller
@@ -40,7 +41,7 @@ def main(settings: TeacherSettings) -> NoReturn:
     The process ends without the interpreter's own shutdown: tearing a gRPC server down while callers
     keep coming can crash (see GrpcServer.stop), and a closed socket tells them all they need.
     """
-    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    log_to_stderr()
     structlog.contextvars.bind_contextvars(teacher=settings.name, replica=settings.consumer)
     asyncio.run(_run_to_the_end(settings))
     raise AssertionError("the process has ended")

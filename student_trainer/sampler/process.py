@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import sys
 import time
 from dataclasses import asdict, dataclass
 
@@ -12,6 +11,7 @@ import structlog
 import torch
 from tutelage_client.errors import TutelageError
 
+from services.logs import log_to_stderr
 from services.queue import OrderClaim, OrderWorker, Queue, Submitted
 from student_trainer.config import RunConfig
 from student_trainer.policy_store import PolicyStore, PolicyVersion
@@ -38,7 +38,7 @@ def main(config: RunConfig, name: str) -> int:
     Raises:
         TutelageError: the run cannot be sampled as configured.
     """
-    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    log_to_stderr()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     torch.use_deterministic_algorithms(config.run.deterministic)

@@ -16,9 +16,9 @@ ALLOWED = {
     "proto/src/tutelage_client": set(),
     "services/queue": set(),
     "services/models": set(),
-    "services/teacher": {"services.api", "services.queue", "services.models", "services.teacher"},
+    "services/teacher": {"services.api", "services.logs", "services.queue", "services.models"},
     "services/api": {"services.teacher.engine"},
-    "student_trainer": {"services.queue", "services.models"},
+    "student_trainer": {"services.logs", "services.queue", "services.models"},
     "launcher": {"services", "student_trainer"},
 }
 FIRST_PARTY = ("services", "student_trainer", "launcher")
@@ -65,3 +65,13 @@ def test_every_module_says_what_it_is() -> None:
         if not ast.get_docstring(ast.parse(path.read_text()))
     ]
     assert not silent, silent
+
+
+def test_one_module_configures_the_log_of_every_process() -> None:
+    configuring = [
+        str(path.relative_to(ROOT))
+        for package in FIRST_PARTY
+        for path in (ROOT / package).rglob("*.py")
+        if "structlog.configure(" in path.read_text()
+    ]
+    assert configuring == ["services/logs.py"]
