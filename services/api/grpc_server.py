@@ -28,6 +28,8 @@ from services.api.settings import ServiceSettings
 SERVICE = pb.DESCRIPTOR.services_by_name["TeacherService"].full_name
 _HEALTH_PREFIX = "/grpc.health.v1.Health/"
 _STREAM_WINDOW = 64
+# Callers watch a silent call by pings. gRPC's own bound is one in five minutes, beyond which it hangs up.
+MIN_PING_INTERVAL_MS = 10_000
 
 Context = grpc.aio.ServicerContext[Any, Any]
 M = TypeVar("M", bound=Message)
@@ -46,6 +48,7 @@ class GrpcServer:
             options=[
                 ("grpc.max_receive_message_length", settings.max_message_bytes),
                 ("grpc.max_send_message_length", settings.max_message_bytes),
+                ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_INTERVAL_MS),
                 ("grpc.so_reuseport", 0),  # a taken port is an error, not a silent split of the traffic
             ],
         )
@@ -232,27 +235,12 @@ class _Authorize(grpc.aio.ServerInterceptor):
         metadata = dict(handler_call_details.invocation_metadata)
         if self._tokens.allows(metadata.get("authorization")):
             return handler
-        return _refusal_like(handler)
+        # Whatever the shape of the call: a handler of single messages would first read the whole message.
+        return grpc.stream_stream_rpc_method_handler(_refuse)
 
 
-def _refusal_like(handler: grpc.RpcMethodHandler[Any, Any]) -> grpc.RpcMethodHandler[Any, Any]:
-    """A handler of the same shape that refuses; a streaming call must not wait for a message first."""
-    error = TutelageError("UNAUTHENTICATED", "authorization: got no accepted bearer token")
-
-    async def unary(_request: object, context: Context) -> NoReturn:
-        await _abort(context, error)
-
-    async def stream(_request: object, context: Context) -> Any:
-        await _abort(context, error)
-        yield b""  # pragma: no cover - makes this an async generator
-
-    make = {
-        (False, False): grpc.unary_unary_rpc_method_handler,
-        (False, True): grpc.unary_stream_rpc_method_handler,
-        (True, False): grpc.stream_unary_rpc_method_handler,
-        (True, True): grpc.stream_stream_rpc_method_handler,
-    }[handler.request_streaming, handler.response_streaming]
-    return make(stream if handler.response_streaming else unary)
+async def _refuse(_messages: object, context: Context) -> NoReturn:
+    await _abort(context, TutelageError("UNAUTHENTICATED", "authorization: got no accepted bearer token"))
 
 
 def _handlers(servicer: _Servicer) -> grpc.GenericRpcHandler:

@@ -62,6 +62,17 @@ async def test_every_rpc_without_an_accepted_token_is_refused_except_health(
         assert answer.status == SERVING
 
 
+@pytest.mark.parametrize("method", ["GetTeacher", "Score"])
+async def test_a_call_without_a_token_is_refused_before_its_message_is_read(
+    doors: Doors, method: str
+) -> None:
+    async with grpc.aio.insecure_channel(doors.grpc) as channel:
+        silent = channel.stream_stream(f"/tutelage.v1.TeacherService/{method}")(timeout=5)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await silent.read()
+    assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
 async def test_every_http_route_without_a_token_is_refused_except_the_probes(doors: Doors) -> None:
     with_token = {"authorization": f"Bearer {TOKENS[1]}"}
     async with http_client(doors.http) as client:

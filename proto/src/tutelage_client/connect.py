@@ -13,6 +13,7 @@ from tutelage_client.errors import TutelageError
 SERVICE = "tutelage.v1.TeacherService"
 MAX_MESSAGE_BYTES = 256 * 1024 * 1024
 DEFAULT_TIMEOUT_SECONDS = 600.0
+KEEPALIVE_MS = 30_000  # a server must allow pings this often, or it ends long calls with too_many_pings
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -41,7 +42,7 @@ def channel_options(max_message_bytes: int) -> Sequence[tuple[str, Any]]:
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.min_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 2_000),
-        ("grpc.keepalive_time_ms", 30_000),  # a peer that vanished is noticed in the middle of a call
+        ("grpc.keepalive_time_ms", KEEPALIVE_MS),  # a peer that vanished is noticed in the middle of a call
         ("grpc.keepalive_timeout_ms", 10_000),
     )
 
