@@ -14,8 +14,6 @@ from pathlib import Path
 
 from launcher.parent_death import PARENT_VARIABLE
 
-EXIT_BAD_INPUT = 2
-
 
 @dataclass(frozen=True, slots=True)
 class ChildSpec:

@@ -9,9 +9,7 @@ from typing import Any
 
 import typer
 
-EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
-# Codes of TutelageError that trying again cannot cure: `tutelage up` does not restart such a child.
-PERMANENT = ("INVALID_ARGUMENT", "FAILED_PRECONDITION", "NOT_FOUND", "UNAUTHENTICATED")
+from services.exit_status import EXIT_BAD_INPUT, exit_status
 
 # Settings whose values are never repeated, and mistakes of the key, whose value may be meant for one of them.
 SECRETS = frozenset({"tokens", "queue_url"})
@@ -31,7 +29,7 @@ def one_line_errors() -> Iterator[None]:
     except (RunFileError, FileNotFoundError, NotADirectoryError) as error:
         _refuse(str(error))
     except TutelageError as error:
-        _refuse(error.message, EXIT_BAD_INPUT if error.code in PERMANENT else EXIT_FAILED)
+        _refuse(error.message, exit_status(error))
     except ValidationError as error:
         _refuse("; ".join(_sentence(problem) for problem in error.errors(include_url=False)))
 

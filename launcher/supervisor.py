@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
-from launcher.children import EXIT_BAD_INPUT, Child, ChildSpec, RestartPolicy, describe_exit
+from launcher.children import Child, ChildSpec, RestartPolicy, describe_exit
+from services.exit_status import EXIT_BAD_INPUT
 
 POLL_SECONDS = 0.1
 STOP_ORDER = ("sampler", "trainer", "teacher")

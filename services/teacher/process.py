@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import NoReturn
 
 import structlog
-from tutelage_client.errors import TutelageError
+from tutelage_client.errors import TutelageError, invalid
 
 from services.api.auth import TokenCheck
 from services.api.core import ScoringCore
 from services.api.grpc_server import GrpcServer
 from services.api.http_app import build_app, build_metrics_app
 from services.api.http_server import HttpServer
+from services.api.settings import ServiceSettings
+from services.exit_status import EXIT_FAILED, exit_status
 from services.logs import log_to_stderr
 from services.teacher.build import build_engine
 from services.teacher.engine import Engine
@@ -36,7 +38,8 @@ _log = structlog.get_logger(__name__)
 
 
 def main(settings: TeacherSettings) -> NoReturn:
-    """Run until SIGTERM or SIGINT and end the process: 0 when everything accepted was finished, else 1.
+    """Run until SIGTERM or SIGINT and end the process: 0 when everything accepted was finished, else 1;
+    2 when the settings are to blame and another start would end the same way.
 
     The process ends without the interpreter's own shutdown: tearing a gRPC server down while callers
     keep coming can crash (see GrpcServer.stop), and a closed socket tells them all they need.
@@ -52,10 +55,10 @@ async def _run_to_the_end(settings: TeacherSettings) -> NoReturn:
         status = await Replica(settings).run()
     except (OSError, TutelageError) as error:
         _log.error("cannot_serve", error=str(error))
-        status = 1
+        status = exit_status(error)
     except Exception:  # noqa: BLE001 - logged, and nobody is left to raise it to
         _log.exception("replica_failed")
-        status = 1
+        status = EXIT_FAILED
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -81,7 +84,7 @@ class Replica:
         """Listen, load, serve, drain."""
         self._catch_signals()
         service, core = self._settings.service, self._core
-        tokens = TokenCheck(service.read_tokens())
+        tokens = _token_check(service)
         self._grpc = GrpcServer(core, service)
         self._http = [HttpServer(build_app(core, service, tokens), service.host, service.http_port, service)]
         if service.metrics_port is not None:
@@ -123,9 +126,10 @@ class Replica:
             await self._until_stopped_or(*([pulling] if pulling else []))
             failed = pulling is not None and pulling.done()
             drained = await self._drain(pulling)
-            if failed and pulling is not None and pulling.exception() is not None:
-                _log.error("queue_failed", error=str(pulling.exception()))
-            return 0 if drained and not failed else 1
+            if failed and pulling is not None and (error := pulling.exception()) is not None:
+                _log.error("queue_failed", error=str(error))
+                return exit_status(error)
+            return 0 if drained and not failed else EXIT_FAILED
 
     async def _pull(self, stack: contextlib.AsyncExitStack, url: str) -> None:
         from services.queue import LeaseSettings, Queue
@@ -194,6 +198,13 @@ class Replica:
         if len(self._http) > 1:
             addresses["metrics"] = self._http[1].url
         return addresses
+
+
+def _token_check(service: ServiceSettings) -> TokenCheck:
+    try:
+        return TokenCheck(service.read_tokens())
+    except (OSError, ValueError) as error:
+        raise invalid(f"service tokens: {error}") from error
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import grpc
 import httpx
@@ -17,6 +18,7 @@ from support.queue_data import make_group, make_request
 from support.teachers import TeacherProcess, teacher_process
 from tutelage_client import AsyncTeacherClient, RetryPolicy, TeacherClient, TutelageError, codec
 
+from services.exit_status import EXIT_BAD_INPUT
 from services.queue import LeaseSettings, Queue, connect
 from services.queue.embedded import EmbeddedServer
 from services.teacher.engines.fake import FakeEngine, FakeSettings
@@ -95,6 +97,32 @@ def test_a_taken_port_and_an_unusable_model_are_said_in_one_line(tmp_path: Path)
             assert teacher.process.wait(30) == 1
             assert text in teacher.log.read_text()
             assert "Traceback" not in teacher.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"engine": "transformers", "model": "./notamodel"}, "./notamodel"),
+        ({"service": {"token_file": "empty-tokens"}}, "empty-tokens without a token"),
+        ({"service": {"token_file": "no-tokens"}}, "No such file or directory"),
+        ({"service": {"token_file": "bad-tokens"}}, "can't decode byte"),
+    ],
+)
+def test_settings_that_no_restart_cures_end_with_status_2_and_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], text: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    Path("empty-tokens").write_text("\n")
+    Path("bad-tokens").write_bytes(b"\xff\xfe")
+    teacher = TeacherProcess(tmp_path / "replica", **settings)
+    try:
+        assert teacher.process.wait(60) == EXIT_BAD_INPUT
+    finally:
+        teacher.kill()
+    log = teacher.log.read_text()
+    assert text in log
+    assert "Traceback" not in log
 
 
 async def test_sigterm_under_load_finishes_what_was_accepted_and_exits_zero(tmp_path: Path) -> None:

@@ -1,0 +1,15 @@
+"""Exit statuses of every process: what trying again may cure, and what it cannot."""
+
+from __future__ import annotations
+
+from tutelage_client.errors import TutelageError
+
+EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
+# Codes of TutelageError that trying again cannot cure: `tutelage up` does not restart such a child.
+PERMANENT = ("INVALID_ARGUMENT", "FAILED_PRECONDITION", "NOT_FOUND", "UNAUTHENTICATED")
+
+
+def exit_status(error: BaseException) -> int:
+    """The status with which a process that met `error` ends."""
+    permanent = isinstance(error, TutelageError) and error.code in PERMANENT
+    return EXIT_BAD_INPUT if permanent else EXIT_FAILED
