@@ -1,0 +1,56 @@
+"""What the README tells a newcomer to type works as it stands there, against a running teacher."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import httpx
+import pytest
+from google.protobuf import json_format
+from support.teachers import TeacherProcess, teacher_process
+from tutelage.v1 import teacher_pb2 as pb
+from tutelage.v1.teacher_pb2_grpc import TeacherServiceStub
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TeacherProcess]:
+    with teacher_process(tmp_path_factory.mktemp("teacher"), fake={"vocab_size": 32_000}) as process:
+        yield process
+
+
+def json_after(command: str) -> str:
+    """The body given to `-d '…'` of the first command that contains `command`."""
+    match = re.search(re.escape(command) + r".*?-d '(\{.*?\})'", README, re.DOTALL)
+    assert match, command
+    return match[1]
+
+
+def test_the_python_snippet_scores(teacher: TeacherProcess) -> None:
+    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    script = snippet.replace("127.0.0.1:50051", teacher.grpc)
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert "Identity(name='fake'" in result.stdout
+    assert "(3, 8) (3, 2) [ True  True  True]" in result.stdout
+
+
+def test_the_curl_body_scores(teacher: TeacherProcess) -> None:
+    body = json.loads(json_after("curl -s http://127.0.0.1:8081/v1/score"))
+    answer = httpx.post(f"{teacher.http}/v1/score", json=body, timeout=30).raise_for_status().json()
+    assert (answer["sequences"][0]["num_positions"], answer["sequences"][0]["top_k"]) == (2, 4)
+
+
+def test_the_grpcurl_body_scores(teacher: TeacherProcess) -> None:
+    request = json_format.Parse(json_after("grpcurl -plaintext"), pb.ScoreRequest())
+    with grpc.insecure_channel(teacher.grpc) as channel:
+        answer = TeacherServiceStub(channel).Score(request, timeout=30)  # type: ignore[no-untyped-call]
+    assert answer.sequences[0].num_positions == 2
