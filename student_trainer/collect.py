@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import structlog
 from tutelage.v1.rollout_pb2 import Group
@@ -22,6 +22,14 @@ log = structlog.get_logger(__name__)
 
 BLOCK_MS = 500
 MAX_REORDERS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """What the queue delivered and still holds: the group without its payload, and that payload's bytes."""
+
+    scored: ScoredGroup
+    num_bytes: int
 
 
 class Collector:
@@ -54,7 +62,7 @@ class Collector:
         self._expected = expected
         self._stop = stop
         self._early: dict[int, TrainingGroup] = {}  # deterministic runs: groups of this and later steps
-        self._delivered: list[ScoredGroup] = []  # without payload; to be acknowledged once consumed
+        self._delivered: list[Delivery] = []  # to be acknowledged once consumed
         self._refused_in_a_row = 0
         self._idle_looks = 0
         self._reorders = 0
@@ -89,9 +97,17 @@ class Collector:
 
     async def acknowledge(self) -> None:
         """Let the queue forget what has been trained or dropped; only after a checkpoint says so too."""
-        consumed = [scored for scored in self._delivered if self._ledger.knows(scored.group.index)]
-        await self._reader.acknowledge(consumed)
-        self._delivered = [scored for scored in self._delivered if not self._ledger.knows(scored.group.index)]
+        consumed = self._consumed()
+        await self._reader.acknowledge([delivery.scored for delivery in consumed])
+        done = {delivery.scored.entry for delivery in consumed}
+        self._delivered = [delivery for delivery in self._delivered if delivery.scored.entry not in done]
+
+    def consumed_bytes(self) -> int:
+        """Payload that the queue could forget after a checkpoint."""
+        return sum(delivery.num_bytes for delivery in self._consumed())
+
+    def _consumed(self) -> list[Delivery]:
+        return [delivery for delivery in self._delivered if self._ledger.knows(delivery.scored.group.index)]
 
     def _take_early(self) -> dict[int, TrainingGroup]:
         first = self._ledger.step * self._per_step
@@ -100,7 +116,7 @@ class Collector:
     def _drops(self, scored: ScoredGroup, batch: dict[int, TrainingGroup]) -> bool:
         """Put a delivered group where it belongs; True when it was dropped and needs a replacement."""
         index = scored.group.index
-        self._delivered.append(_without_payload(scored))
+        self._delivered.append(_delivery(scored))
         if self._ledger.knows(index) or index in batch or index in self._early:
             self.duplicates += 1
             log.info("group delivered again", group=scored.group.id)
@@ -178,5 +194,7 @@ class Collector:
         await self._pacer.place_missing(self._ledger.step)
 
 
-def _without_payload(scored: ScoredGroup) -> ScoredGroup:
-    return replace(scored, group=Group(id=scored.group.id, index=scored.group.index), scores={}, errors={})
+def _delivery(scored: ScoredGroup) -> Delivery:
+    kept = replace(scored, group=Group(id=scored.group.id, index=scored.group.index), scores={}, errors={})
+    scores = sum(response.ByteSize() for response in scored.scores.values())
+    return Delivery(kept, scored.group.ByteSize() + scores)

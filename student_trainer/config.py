@@ -143,6 +143,12 @@ class TrainingSettings(_Section):
         3, ge=1, description="steps in a row whose gradient is not finite before the run stops"
     )
     checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints")
+    max_unacknowledged_bytes: int = Field(
+        2**30,
+        ge=1,
+        description="trained rollouts and scores that the queue holds until the next checkpoint; more of "
+        "them bring it forward",
+    )
     keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept on disk")
     evaluate_every: int = Field(0, ge=0, description="steps between evaluations; 0: never")
     evaluation_prompts: int = Field(500, ge=1, description="held-out prompts of one evaluation")

@@ -174,12 +174,22 @@ class Trainer:
         """Make the step count: checkpoint and acknowledge when due, publish, order, evaluate."""
         parts, version = self._parts, self._ledger.step
         parts.evaluations.note(version)
-        if version % self._settings.checkpoint_every == 0 or version == self._settings.steps:
+        if self._checkpoint_is_due():
             await self._checkpoint()
         parts.policies.publish(version, parts.learner.student.export, lineage=self._ledger.lineage)
         parts.policies.prune(self._oldest_needed(), pinned=self._ledger.pending_evaluations)
         await parts.pacer.place_ahead(version)
         await parts.evaluations.order()
+
+    def _checkpoint_is_due(self) -> bool:
+        """By number, at the end, or because the queue's memory holds too much of what is trained."""
+        step, settings = self._ledger.step, self._settings
+        held = self._parts.collector.consumed_bytes()
+        return (
+            step % settings.checkpoint_every == 0
+            or step == settings.steps
+            or held > settings.max_unacknowledged_bytes
+        )
 
     async def _checkpoint(self) -> None:
         """Save, then acknowledge exactly what the saved ledger knows."""

@@ -170,6 +170,16 @@ def test_objective_with_a_temperature_of_its_own_is_not_taken_for_misalignment(b
     assert "objective.temperature = 0.05 is not sampling.temperature = 1.0" in run.log("trainer")
 
 
+def test_full_queue_brings_the_checkpoint_forward(bench: Bench) -> None:
+    """The queue's memory is freed by checkpoints alone, however far apart they are asked for."""
+    training = "steps = 3\ncheckpoint_every = 50\nkeep_checkpoints = 9\nmax_unacknowledged_bytes = 1"
+    run = bench.run("memory", objective=GRPO, training=training)
+    bench.processes.sampler(run)
+    finish(bench.processes.trainer(run), run)
+    saved = sorted(path.name for path in (run.directory / "checkpoints").iterdir())
+    assert saved == [f"step-{step:08d}" for step in range(4)]
+
+
 def test_finished_run_is_finished_again_at_once(bench: Bench) -> None:
     run = bench.run("twice", objective=GRPO, training="steps = 1")
     sampler = bench.processes.sampler(run)

@@ -355,6 +355,20 @@ async def test_only_what_a_checkpoint_covers_is_acknowledged(queue: Queue) -> No
         assert {group.index for group in await again.step()} == lost
 
 
+async def test_what_a_checkpoint_would_free_is_known_in_bytes(queue: Queue) -> None:
+    loop = Loop(queue, make_config(max_staleness=1), SAMPLED)
+    queue._max_queued_tokens = 10_000
+    async with running(loop, sample_orders(loop, lambda: 0.0), score_jobs(loop, lambda: 0.0)):
+        await loop.begin()
+        groups = await loop.step()
+        rollouts = make_group(groups[0].index, SAMPLED, version=groups[0].policy_version)
+        scores = score_to_proto(make_scores(rollouts, SAMPLED))
+        one = rollouts.ByteSize() + scores.ByteSize()
+        assert 6 * 0.9 * one < loop.collector.consumed_bytes() < 6 * 1.5 * one
+        await loop.collector.acknowledge()
+        assert loop.collector.consumed_bytes() == 0
+
+
 async def test_group_resubmitted_long_after_its_payload_is_gone_is_not_trained_again(queue: Queue) -> None:
     loop = Loop(queue, make_config(steps=4), REWARD)
     async with running(loop, sample_orders(loop, lambda: 0.0)):
