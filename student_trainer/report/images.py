@@ -99,7 +99,7 @@ def _write_rollouts(chosen: dict[int, list[RolloutRecord]], path: Path) -> Path:
     for place, rollout in enumerate(rows):
         y = place + 1.5
         label = f"step {rollout.step}  {' '.join(rollout.prompt_text.split())[-22:]}"
-        axes.text(0, y, label, fontsize=9, color=SOFT, va="center", family="monospace")
+        axes.text(0, y, label, fontsize=9, color=SOFT, va="center", family="monospace", parse_math=False)
         _draw_tokens(rollout, axes, y, 17.0, columns)
     figure.savefig(path)
     return path

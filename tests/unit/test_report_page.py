@@ -123,6 +123,11 @@ def test_pngs_are_written(run_directory: Path, page: str) -> None:
     assert all(image.read_bytes().startswith(b"\x89PNG") and image.stat().st_size > 5000 for image in images)
 
 
+def test_a_prompt_with_dollar_signs_is_drawn_as_it_is(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [step_line(1)], [rollout_line(prompt_text=r"$\frac{1}{$ of $5?")])
+    assert (write_report(run).parent / "report" / "rollouts.png").stat().st_size > 5000
+
+
 def test_a_torn_last_line_is_counted_and_the_rest_is_shown(tmp_path: Path) -> None:
     directory = write_run(tmp_path, [step_line(1), evaluation_line(0, 0.2, 0.1)], [])
     with (directory / "metrics.jsonl").open("a") as file:
