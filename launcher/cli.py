@@ -203,7 +203,7 @@ def score(
 
     [bold]Examples[/bold]
 
-      tutelage score rollouts.jsonl --teacher 127.0.0.1:8477 --top-k 8 --output scores.parquet
+      tutelage score rollouts.jsonl --teacher 127.0.0.1:50051 --top-k 8 --output scores.parquet
 
       tutelage score answers.jsonl --model Qwen/Qwen3-8B
     """

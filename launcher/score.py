@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from tutelage_client.errors import TutelageError, invalid
-from tutelage_client.types import Pins, Score, ScoreRequest, Sequence, Signal
+from tutelage_client.types import Limits, Pins, Score, ScoreRequest, Sequence, Signal
 
 from launcher.score_files import Row, open_sink, read_rows, record_of
 from services.logs import log_to_stderr
@@ -64,7 +64,8 @@ def score_file(source: Path, options: ScoreOptions) -> int:
 
 async def _score_all(source: Path, lines: int, encode: _Encoder, options: ScoreOptions) -> int:
     refused = 0
-    async with _scores(options, encode) as scores:
+    async with _scores(options, encode) as (scores, limits):
+        batch_tokens = min(options.batch_tokens, limits.max_request_tokens)
         with _progress(lines) as progress, open_sink(options.output) as sink:
             task = progress.add_task("scoring", total=lines)
             waiting: deque[tuple[list[Row], asyncio.Task[Score]]] = deque()
@@ -77,7 +78,7 @@ async def _score_all(source: Path, lines: int, encode: _Encoder, options: ScoreO
                     sink.write(record_of(row, sequence))
                 progress.advance(task, len(rows))
 
-            for rows in batches(read_rows(source, encode), options.batch_tokens):
+            for rows in batches(read_rows(source, encode), batch_tokens, limits.max_sequences):
                 waiting.append((rows, asyncio.ensure_future(scores(request_of(rows, options.signal)))))
                 if len(waiting) == IN_FLIGHT:
                     await take()
@@ -86,12 +87,12 @@ async def _score_all(source: Path, lines: int, encode: _Encoder, options: ScoreO
     return refused
 
 
-def batches(rows: Iterator[Row], batch_tokens: int) -> Iterator[list[Row]]:
-    """Consecutive rows up to a token budget; a longer row goes alone."""
+def batches(rows: Iterator[Row], batch_tokens: int, batch_rows: int) -> Iterator[list[Row]]:
+    """Consecutive rows, at most `batch_rows` with at most `batch_tokens` tokens; a longer row goes alone."""
     batch: list[Row] = []
     tokens = 0
     for row in rows:
-        if batch and tokens + row.tokens > batch_tokens:
+        if batch and (len(batch) == batch_rows or tokens + row.tokens > batch_tokens):
             yield batch
             batch, tokens = [], 0
         batch.append(row)
@@ -115,15 +116,15 @@ def request_of(rows: list[Row], signal: Signal) -> ScoreRequest:
 
 
 @asynccontextmanager
-async def _scores(options: ScoreOptions, encode: _Encoder) -> AsyncIterator[Scores]:
-    """A connected teacher whose tokenizer matches, or a loaded model."""
+async def _scores(options: ScoreOptions, encode: _Encoder) -> AsyncIterator[tuple[Scores, Limits]]:
+    """A connected teacher whose tokenizer matches, or a loaded model; and what it takes at once."""
     if options.teacher is not None:
         from tutelage_client import AsyncTeacherClient
 
         async with AsyncTeacherClient(options.teacher, token=options.token) as client:
             served = await client.get_teacher(timeout=10.0)
             _check_fingerprint(encode, served.identity.tokenizer_fingerprint)
-            yield client.score_request
+            yield client.score_request, served.limits
         return
     from services.api.core import ScoringCore
     from services.teacher.engines.transformers import TransformersEngine
@@ -134,7 +135,7 @@ async def _scores(options: ScoreOptions, encode: _Encoder) -> AsyncIterator[Scor
     try:
         core = ScoringCore(engine, max_queued_tokens=2**62, max_message_bytes=2**31 - 1)
         core.open()
-        yield partial(core.score, transport="queue")
+        yield partial(core.score, transport="queue"), engine.limits
     finally:
         await engine.close()
 

@@ -106,6 +106,20 @@ def test_a_refused_response_is_recorded_and_the_others_are_scored(
     assert "1 refused" in ran.stdout
 
 
+def test_many_short_rows_go_in_requests_that_the_teacher_takes(tmp_path: Path) -> None:
+    source, output = tmp_path / "ids.jsonl", tmp_path / "scores.jsonl"
+    rows = [{"context_ids": [1 + i % 30], "response_ids": [3] * (1 + i % 5)} for i in range(40)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, limits in (("few", {"max_sequences": 7}), ("short", {"max_request_tokens": 20})):
+        settings: dict[str, Any] = {"fake": {"vocab_size": 32}, "limits": limits}
+        with teacher_process(tmp_path / name, **settings) as teacher:
+            ran = tutelage("score", str(source), "--teacher", teacher.grpc, "--output", str(output))
+        assert ran.exit_code == 0, ran.output
+        records = read(output)
+        assert [record["response_ids"] for record in records] == [row["response_ids"] for row in rows]
+        assert all(record["error"] is None for record in records)
+
+
 def test_a_teacher_that_is_not_there_leaves_no_file(tmp_path: Path) -> None:
     source, output = tmp_path / "ids.jsonl", tmp_path / "scores.jsonl"
     source.write_text('{"context_ids": [1], "response_ids": [2]}\n')
