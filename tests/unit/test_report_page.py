@@ -124,7 +124,7 @@ def test_pngs_are_written(run_directory: Path, page: str) -> None:
 
 
 def test_a_prompt_with_dollar_signs_is_drawn_as_it_is(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", [step_line(1)], [rollout_line(prompt_text=r"$\frac{1}{$ of $5?")])
+    run = write_run(tmp_path / "run", [step_line(1)], [rollout_line(prompt_text=r"is $\frac{1}{$ 5?")])
     assert (write_report(run).parent / "report" / "rollouts.png").stat().st_size > 5000
 
 
