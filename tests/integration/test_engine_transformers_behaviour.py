@@ -288,3 +288,37 @@ async def test_a_log_that_cannot_be_written_keeps_nobody_waiting(tmp_path: Path)
     with pytest.raises(TutelageError, match="closed"):
         await engine.score(random_request(0))
     await engine.close()
+
+
+async def test_closing_does_not_wait_for_a_model_that_keeps_loading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, release = threading.Event(), threading.Event()
+
+    def slow(*_args: Any, **_kwargs: Any) -> None:
+        entered.set()
+        release.wait(30)
+        raise TutelageError("UNAVAILABLE", "model: too late")
+
+    monkeypatch.setattr("services.teacher.engines.transformers.load_causal_lm", slow)
+    engine = TransformersEngine(tmp_path / "model", device="cpu", threads=1)
+    starting = asyncio.create_task(engine.start())
+    try:
+        assert await asyncio.to_thread(entered.wait, 10)
+        starting.cancel()
+        await asyncio.wait_for(engine.close(), timeout=5)
+    finally:
+        release.set()
+
+
+async def test_closing_does_not_wait_for_a_forward_pass_that_takes_long(
+    engine: TransformersEngine, gate: Callable[[], Gate]
+) -> None:
+    held = gate()
+    scoring = asyncio.create_task(engine.score(random_request(0)))
+    try:
+        assert await asyncio.to_thread(held.entered.wait, 10)
+        await asyncio.wait_for(engine.close(), timeout=5)
+    finally:
+        held.open()
+    await scoring

@@ -28,6 +28,8 @@ from services.teacher.engines.batching import Answer, Control, Job, Unit, Waitin
 from services.teacher.engines.forward import BatchScores, PackedScorer
 from services.teacher.engines.scoring_head import ScoringHead
 
+CLOSE_SECONDS = 1.0
+
 log = structlog.get_logger(__name__)
 
 
@@ -119,9 +121,16 @@ class TransformersEngine:
         await answer.future
 
     async def close(self) -> None:
+        """Take no more work and wait a moment for the compute thread.
+
+        A load or a forward pass cannot be interrupted: a thread in one is left behind. It is a daemon
+        and ends after that, or with the process.
+        """
         self._line.close()
         if self._thread is not None:
-            await asyncio.to_thread(self._thread.join)
+            await asyncio.to_thread(self._thread.join, CLOSE_SECONDS)
+            if self._thread.is_alive():
+                return
         self._scorer = None
 
     # From here on: the compute thread.
