@@ -122,10 +122,11 @@ class _Models:
 
 
 def _default_limits() -> Limits:
-    """What a replica started by `tutelage up` accepts."""
-    from tutelage_client.types import Limits
+    """What a replica started by `tutelage up` accepts, as far as its model does (see check_lengths)."""
+    from services.api.settings import ServiceSettings
+    from services.teacher.settings import LimitSettings
 
-    return Limits()
+    return LimitSettings().limits(ServiceSettings().max_message_bytes)
 
 
 def _ask(

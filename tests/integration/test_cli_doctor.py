@@ -118,6 +118,15 @@ def test_what_would_fail_is_said_and_fails_the_command(case: str, root: Path) ->
     assert any(expected in line for line in lines(result, "fail")), result.output
 
 
+@pytest.mark.parametrize(("tokens", "refused"), [(40_000, False), (140_000, True)])
+def test_a_teacher_that_up_starts_has_the_limits_of_the_service(
+    root: Path, tokens: int, refused: bool
+) -> None:
+    result = examine(root, max_new_tokens=tokens)
+    said = [line for line in lines(result, "fail") if line.startswith("teacher big scores sequences up to")]
+    assert bool(said) == refused, result.output
+
+
 def test_a_served_teacher_is_asked_for_its_own_limits(root: Path, address: str) -> None:
     result = examine(root, teacher=f'address = "{address}"\nengine = "fake"', k=5)
     assert result.exit_code == 1
