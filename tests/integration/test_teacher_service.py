@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import grpc
 import httpx
@@ -21,6 +21,7 @@ from tutelage_client import (
     RetryPolicy,
     ScoreRequest,
     Signal,
+    TeacherClient,
     TutelageError,
     codec,
 )
@@ -255,6 +256,37 @@ async def test_a_stream_answers_as_requests_finish_and_refuses_bad_ones_alone() 
     for answer in answers.values():
         assert answer.score is not None
         np.testing.assert_array_equal(answer.score.sequences[0].sampled, whole.sequences[0].sampled)
+
+
+async def test_what_a_stream_s_requests_raise_is_raised_to_its_reader_with_its_cause() -> None:
+    def requests() -> Iterator[ScoreRequest]:
+        yield small("sent")
+        raise KeyError("mine")
+
+    async def requests_later() -> AsyncIterator[ScoreRequest]:
+        for request in requests():
+            yield request
+
+    def read(address: str) -> list[str]:
+        with TeacherClient(address) as client:
+            answers = client.score_stream(requests())
+            ids = [next(answers).request_id]
+            with pytest.raises(TutelageError, match="INVALID_ARGUMENT: requests: raised KeyError") as failed:
+                next(answers)
+            assert isinstance(failed.value.__cause__, KeyError)
+            return ids
+
+    async with serve(RecordingScorer()) as doors:
+        assert await asyncio.to_thread(read, doors.grpc) == ["sent"]
+        async with AsyncTeacherClient(doors.grpc) as client:
+            answers = client.score_stream(requests_later())
+            assert (await anext(answers)).request_id == "sent"
+            with pytest.raises(TutelageError, match="INVALID_ARGUMENT: requests: raised KeyError") as failed:
+                await anext(answers)
+            assert isinstance(failed.value.__cause__, KeyError)
+            bad = codec.build_request([[1]], [[2]], request_id="\ud800")
+            with pytest.raises(TutelageError, match="INVALID_ARGUMENT"):
+                await anext(client.score_stream([bad]))
 
 
 async def test_a_stream_is_slowed_down_not_refused_when_the_service_is_full() -> None:

@@ -12,11 +12,13 @@ import grpc
 import numpy as np
 import pytest
 from tutelage.v1 import teacher_pb2 as pb
-from tutelage_client import AsyncTeacherClient, RetryPolicy, TeacherClient, TutelageError
+from tutelage_client import AsyncTeacherClient, RetryPolicy, TeacherClient, TutelageError, codec
 from tutelage_client.balance import Balancer, Endpoint
 from tutelage_client.retry import Attempts
+from tutelage_client.stream import OpenStream
 
 Behaviour = Callable[[int, grpc.ServicerContext], pb.GetTeacherResponse]
+DOWN = TutelageError("UNAVAILABLE", "")
 QUICK = RetryPolicy(attempts=4, initial_seconds=0.01, max_seconds=0.05)
 
 
@@ -151,17 +153,68 @@ def test_an_address_where_nobody_listens_is_avoided() -> None:
 
 def test_the_address_with_the_fewest_outstanding_tokens_is_chosen() -> None:
     balancer = Balancer([Endpoint(name, None) for name in "abc"])
-    taken = [balancer.take(tokens).address for tokens in (100, 10, 50, 20)]
-    assert taken == ["a", "b", "c", "b"]
-    balancer.give_back(balancer.endpoints[0], 100, available=True)
-    assert balancer.take(1).address == "a"
+    first, second, third, fourth = [balancer.take(tokens) for tokens in (100, 10, 50, 20)]
+    assert len({first.address, second.address, third.address}) == 3
+    assert fourth is second
+    balancer.give_back(first, 100)
+    assert balancer.take(1) is first
+
+
+def test_idle_addresses_are_taken_in_no_fixed_order() -> None:
+    firsts = {Balancer([Endpoint(name, None) for name in "abc"]).take(1).address for _ in range(100)}
+    assert firsts == set("abc")
+
+
+def test_a_call_without_tokens_is_load_too() -> None:
+    balancer = Balancer([Endpoint(name, None) for name in "abc"])
+    assert len({balancer.take(0).address for _ in range(3)}) == 3
+
+
+def test_a_stream_is_load_with_what_it_still_waits_for() -> None:
+    balancer = Balancer([Endpoint("a", None), Endpoint("b", None)])
+    stream, other = OpenStream(balancer), OpenStream(balancer)
+    assert stream.endpoint is not other.endpoint
+    request = codec.build_request([[1, 2]], [[3]], request_id="x")
+    stream.sending(request)
+    stream.sending(request)
+    assert stream.endpoint.outstanding_tokens == 7
+    stream.answered(pb.ScoreResponse(request_id="x"))
+    assert stream.endpoint.outstanding_tokens == 4
+    stream.close(None)
+    stream.sending(request)  # gRPC's thread may still be reading the caller's requests
+    assert stream.endpoint.outstanding_tokens == 0
+
+
+def test_a_full_address_is_left_for_another_at_once_and_for_as_long_as_it_said() -> None:
+    with (
+        server(failing(grpc.StatusCode.RESOURCE_EXHAUSTED, 99, "30")) as (full, full_calls),
+        server(lambda _call, _context: named("free")) as (free, _calls),
+    ):
+        for _ in range(4):
+            with TeacherClient([full, free], retry=QUICK) as client:
+                began = time.monotonic()
+                for _ in range(6):
+                    assert client.get_teacher(timeout=5.0).identity.name == "free"
+                assert time.monotonic() - began < 1.0
+                assert len(full_calls) <= 1
+            full_calls.clear()
+
+
+def test_when_all_addresses_are_full_the_first_to_have_room_is_waited_for() -> None:
+    with (
+        server(failing(grpc.StatusCode.RESOURCE_EXHAUSTED, 99, "30")) as (full, _),
+        server(failing(grpc.StatusCode.RESOURCE_EXHAUSTED, 1, "0.2")) as (soon, calls),
+        TeacherClient([full, soon], retry=QUICK) as client,
+    ):
+        assert client.get_teacher(timeout=5.0).identity.name == "here"
+        assert calls[1] - calls[0] >= 0.2
 
 
 def test_a_single_address_is_never_given_up() -> None:
     balancer = Balancer([Endpoint("a", None)])
     for _ in range(5):
         endpoint = balancer.take(1)
-        balancer.give_back(endpoint, 1, available=False)
+        balancer.give_back(endpoint, 1, DOWN)
     assert balancer.take(1).address == "a"
 
 
@@ -170,11 +223,13 @@ def test_rest_grows_with_failures_and_ends_with_the_first_success() -> None:
     bad = balancer.endpoints[0]
     rests = []
     for _ in range(4):
-        balancer.give_back(bad, 0, available=False)
+        bad.outstanding_tokens += 1
+        balancer.give_back(bad, 1, DOWN)
         rests.append(bad.resting_until - time.monotonic())
     np.testing.assert_allclose(rests, [0.5, 1, 2, 4], atol=0.1)
     assert balancer.take(1).address == "b"
-    balancer.give_back(bad, 0, available=True)
+    bad.outstanding_tokens += 1
+    balancer.give_back(bad, 1)
     assert balancer.take(1).address == "a"
 
 
@@ -183,7 +238,7 @@ def test_pauses_grow_and_carry_jitter() -> None:
     pauses: list[list[float]] = []
     for _ in range(200):
         attempts = Attempts(policy, None)
-        pauses.append([attempts.pause_after(TutelageError("UNAVAILABLE", "")) for _ in range(6)])
+        pauses.append([attempts.pause_after(DOWN, 0.0) for _ in range(6)])
     longest = np.array(pauses).max(axis=0)
     np.testing.assert_allclose(longest, [0.1, 0.2, 0.4, 0.8, 1.0, 1.0], rtol=0.1)
     assert np.array(pauses).std(axis=0).min() > 0.02

@@ -16,7 +16,7 @@ from tutelage.v1.teacher_pb2_grpc import TeacherServiceStub
 
 from tutelage_client import codec
 from tutelage_client import types as t
-from tutelage_client.balance import UNREACHABLE, Balancer, Endpoint, as_addresses
+from tutelage_client.balance import Balancer, Endpoint, as_addresses
 from tutelage_client.connect import (
     DEFAULT_TIMEOUT_SECONDS,
     MAX_MESSAGE_BYTES,
@@ -26,6 +26,7 @@ from tutelage_client.connect import (
     channel_options,
 )
 from tutelage_client.retry import Attempts, RetryPolicy
+from tutelage_client.stream import OpenStream
 
 
 class AsyncTeacherClient:
@@ -117,43 +118,48 @@ class AsyncTeacherClient:
         timeout: float | None = DEFAULT_TIMEOUT_SECONDS,
     ) -> AsyncIterator[t.StreamAnswer]:
         """As TeacherClient.score_stream."""
-        endpoint = self._balancer.take(0)
-        available = True
-        call = endpoint.connection.ScoreStream(_messages(requests), timeout=timeout, metadata=self._metadata)
+        stream = OpenStream(self._balancer)
+        error = None
+        call = stream.endpoint.connection.ScoreStream(
+            _messages(requests, stream), timeout=timeout, metadata=self._metadata
+        )
         try:
             async for message in call:
-                yield codec.stream_answer_from_proto(message)
+                yield stream.answered(message)
+            stream.raise_for_requests()
         except grpc.RpcError as raised:
+            stream.raise_for_requests()
             error = as_tutelage_error(raised)
-            available = error.code not in UNREACHABLE
             raise error from raised
         finally:
             call.cancel()
-            self._balancer.give_back(endpoint, 0, available=available)
+            stream.close(error)
 
     async def _call(self, method: str, message: Message, tokens: int, timeout: float | None) -> Any:
         """One unary call, tried until it is answered, refused for good or out of time."""
         attempts = Attempts(self._retry, timeout)
         while True:
             endpoint = self._balancer.take(tokens)
-            available = True
+            error = None
             try:
                 call = getattr(endpoint.connection, method)
                 return await call(message, timeout=attempts.remaining(), metadata=self._metadata)
             except grpc.RpcError as raised:
                 error = as_tutelage_error(raised)
-                available = error.code not in UNREACHABLE
             finally:
-                self._balancer.give_back(endpoint, tokens, available=available)
-            await asyncio.sleep(attempts.pause_after(error))
+                self._balancer.give_back(endpoint, tokens, error)
+            await asyncio.sleep(attempts.pause_after(error, self._balancer.rest_seconds()))
 
 
 async def _messages(
-    requests: AsyncIterable[t.ScoreRequest] | Iterable[t.ScoreRequest],
+    requests: AsyncIterable[t.ScoreRequest] | Iterable[t.ScoreRequest], stream: OpenStream[TeacherServiceStub]
 ) -> AsyncIterator[pb.ScoreRequest]:
-    if isinstance(requests, AsyncIterable):
-        async for request in requests:
-            yield codec.request_to_proto(request)
-    else:
-        for request in requests:
-            yield codec.request_to_proto(request)
+    try:
+        if isinstance(requests, AsyncIterable):
+            async for request in requests:
+                yield stream.sending(request)
+        else:
+            for request in requests:
+                yield stream.sending(request)
+    except Exception as error:  # noqa: BLE001 - gRPC would answer a bare cancellation; raised by the reader
+        stream.requests_failed(error)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections.abc import Sequence
 from typing import Generic, TypeVar
 
-from tutelage_client.errors import invalid
+from tutelage_client.errors import TutelageError, invalid
 
 T = TypeVar("T")
 
@@ -16,6 +17,7 @@ UNREACHABLE = frozenset({"UNAVAILABLE", "DEADLINE_EXCEEDED"})
 
 _FIRST_REST_SECONDS = 0.5
 _LONGEST_REST_SECONDS = 15.0
+_SHORTEST_FULL_SECONDS = 0.05
 
 
 class Endpoint(Generic[T]):
@@ -27,13 +29,21 @@ class Endpoint(Generic[T]):
         self.outstanding_tokens = 0
         self.failures = 0
         self.resting_until = 0.0
+        self.full_until = 0.0
+
+    @property
+    def awake_at(self) -> float:
+        """When it may be asked again, by the monotonic clock."""
+        return max(self.resting_until, self.full_until)
 
 
 class Balancer(Generic[T]):
     """Picks endpoints; safe to use from several threads.
 
-    An endpoint that failed rests for a time that doubles with every failure in a row. When all
-    rest, the one that is back first is tried, so a single address is never given up.
+    Among equals the choice is random, so that many clients do not all begin with the same address.
+    An endpoint that failed rests for a time that doubles with every failure in a row, one that is
+    full rests for as long as it said. When all rest, the one that is back first is tried, so a
+    single address is never given up.
     """
 
     def __init__(self, endpoints: Sequence[Endpoint[T]]) -> None:
@@ -41,28 +51,41 @@ class Balancer(Generic[T]):
         self._lock = threading.Lock()
 
     def take(self, tokens: int) -> Endpoint[T]:
-        """The endpoint for a request of `tokens`; give it back with `give_back`."""
+        """The endpoint for a call of `tokens`, at least one; give it back with `give_back`."""
         with self._lock:
             now = time.monotonic()
-            awake = [e for e in self.endpoints if e.resting_until <= now]
+            awake = [e for e in self.endpoints if e.awake_at <= now]
             if awake:
-                chosen = min(awake, key=lambda e: (e.outstanding_tokens, e.failures))
+                chosen = min(awake, key=lambda e: (e.outstanding_tokens, e.failures, random.random()))
             else:
-                chosen = min(self.endpoints, key=lambda e: e.resting_until)
-            chosen.outstanding_tokens += tokens
+                chosen = min(self.endpoints, key=lambda e: e.awake_at)
+            chosen.outstanding_tokens += max(tokens, 1)
             return chosen
 
-    def give_back(self, endpoint: Endpoint[T], tokens: int, *, available: bool) -> None:
-        """The request is over; `available` is False when the endpoint could not be reached."""
+    def give_back(self, endpoint: Endpoint[T], tokens: int, error: TutelageError | None = None) -> None:
+        """The call of `tokens` is over, and `error` is what came instead of an answer."""
         with self._lock:
-            endpoint.outstanding_tokens -= tokens
-            if available:
-                endpoint.failures = 0
-                endpoint.resting_until = 0.0
-            else:
+            endpoint.outstanding_tokens -= max(tokens, 1)
+            now = time.monotonic()
+            if error is not None and error.code in UNREACHABLE:
                 rest = min(_FIRST_REST_SECONDS * 2.0**endpoint.failures, _LONGEST_REST_SECONDS)
                 endpoint.failures += 1
-                endpoint.resting_until = time.monotonic() + rest
+                endpoint.resting_until = now + rest
+                return
+            endpoint.failures = 0
+            endpoint.resting_until = 0.0
+            if error is not None and error.code == "RESOURCE_EXHAUSTED" and error.retry_after is not None:
+                endpoint.full_until = now + max(error.retry_after, _SHORTEST_FULL_SECONDS)
+
+    def add_load(self, endpoint: Endpoint[T], tokens: int) -> None:
+        """Count `tokens` more on an endpoint that is taken, or fewer when negative."""
+        with self._lock:
+            endpoint.outstanding_tokens += tokens
+
+    def rest_seconds(self) -> float:
+        """Seconds until an endpoint is awake; 0 when one is."""
+        with self._lock:
+            return max(0.0, min(e.awake_at for e in self.endpoints) - time.monotonic())
 
 
 def as_addresses(addresses: str | Sequence[str]) -> tuple[str, ...]:

@@ -14,7 +14,8 @@ class RetryPolicy:
     """Scoring changes nothing on a teacher, so an unanswered request may always be sent again.
 
     Retried are UNAVAILABLE, up to `attempts` times in all, and RESOURCE_EXHAUSTED when the
-    teacher says when to come back, until the deadline. Nothing else is.
+    teacher says when to come back, until the deadline: at once while another address has not said
+    so too. Nothing else is.
     """
 
     attempts: int = 10
@@ -35,8 +36,12 @@ class Attempts:
         """Seconds to the deadline, None without one."""
         return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
 
-    def pause_after(self, error: TutelageError) -> float:
-        """Seconds to wait before the next try; raises `error` when there is to be none."""
+    def pause_after(self, error: TutelageError, rest_seconds: float) -> float:
+        """Seconds to wait before the next try; raises `error` when there is to be none.
+
+        Args:
+            rest_seconds: until one of the addresses is ready to be asked.
+        """
         self._tries += 1
         full = error.code == "RESOURCE_EXHAUSTED" and error.retry_after is not None
         if error.code == "UNAVAILABLE":
@@ -46,9 +51,10 @@ class Attempts:
         if self._unavailable >= self._policy.attempts:
             raise error
         ceiling = min(self._policy.initial_seconds * 2.0 ** (self._tries - 1), self._policy.max_seconds)
-        jitter = random.uniform(0, ceiling)
-        # A full teacher said when there is room; the jitter keeps its callers from coming back as one.
-        pause = (error.retry_after or 0.0) + jitter if full else jitter
+        pause = random.uniform(0, ceiling)
+        if full:
+            # A full teacher said when there is room; the jitter keeps its callers from coming back as one.
+            pause = rest_seconds + pause if rest_seconds else 0.0
         remaining = self.remaining()
         if remaining is not None and pause >= remaining:
             raise error
