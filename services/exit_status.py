@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from tutelage_client.errors import TutelageError
-
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 # Codes of TutelageError that trying again cannot cure: `tutelage up` does not restart such a child.
 PERMANENT = ("INVALID_ARGUMENT", "FAILED_PRECONDITION", "NOT_FOUND", "UNAUTHENTICATED")
@@ -11,5 +9,7 @@ PERMANENT = ("INVALID_ARGUMENT", "FAILED_PRECONDITION", "NOT_FOUND", "UNAUTHENTI
 
 def exit_status(error: BaseException) -> int:
     """The status with which a process that met `error` ends."""
+    from tutelage_client.errors import TutelageError  # here: it loads gRPC, and `--help` must not
+
     permanent = isinstance(error, TutelageError) and error.code in PERMANENT
     return EXIT_BAD_INPUT if permanent else EXIT_FAILED

@@ -13,6 +13,8 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from launcher.cli import app
+from services.teacher.settings import TeacherSettings
+from student_trainer.config import QueueSettings
 
 COMMANDS = ("quickstart", "up", "teacher", "rollout", "train", "score", "doctor", "report", "bench")
 HEAVY = ("torch", "transformers", "fastapi", "uvicorn", "grpc", "redis", "numpy", "matplotlib")
@@ -68,6 +70,14 @@ def test_every_command_explains_itself_with_an_example(command: str) -> None:
     ran = tutelage(command, "--help")
     assert ran.exit_code == 0
     assert f"tutelage {command}" in ran.stdout.split("Example", 1)[1]
+
+
+def test_a_teacher_without_options_has_the_defaults_of_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[TeacherSettings] = []
+    monkeypatch.setattr("services.teacher.process.main", started.append)
+    assert tutelage("teacher", "--engine", "fake", "--consumer", "me").exit_code == 0
+    assert started == [TeacherSettings(engine="fake", consumer="me")]
+    assert started[0].heartbeat_seconds == QueueSettings().heartbeat_seconds
 
 
 RUN_FILE = """
