@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -129,6 +131,11 @@ def test_an_answer_whose_array_lacks_a_row_is_refused() -> None:
         ([[1]], [[2**40]], "outside int32"),
         ([[1], [2]], [[1], [2], [3]], "2 contexts"),
         ([["a"]], [[1]], "must be integers"),
+        ([[[1, 2], [3, 4]]], [[1]], r"contexts\[0\]: got shape \[2, 2\]"),
+        ([[1]], [np.ones((2, 2), np.int32)], r"responses\[0\]: got shape \[2, 2\]"),
+        ([np.int32(1)], [[1]], r"contexts\[0\]: got "),
+        ([[1]], [np.array(1, np.int32)], r"responses\[0\]: got shape \[\]"),
+        ([[[1], [2, 3]]], [[1]], r"contexts\[0\]: got "),
     ],
 )
 def test_what_cannot_be_a_request_is_refused_before_it_is_sent(
@@ -136,6 +143,44 @@ def test_what_cannot_be_a_request_is_refused_before_it_is_sent(
 ) -> None:
     with pytest.raises(TutelageError, match=text):
         codec.build_request(contexts, responses)
+
+
+@pytest.mark.parametrize("temperature", [0, 0.0, -1.0, float("nan"), float("inf"), "hot"])
+def test_a_temperature_that_is_none_is_refused_and_not_taken_for_one(temperature: float) -> None:
+    with pytest.raises(TutelageError, match=r"INVALID_ARGUMENT: signal\.temperature: got"):
+        codec.signal_to_proto(Signal(temperature=temperature))
+
+
+ONES = np.ones(1, np.int32)
+UNSAYABLE: dict[str, dict[str, object]] = {
+    "signal.encoding": {"signal": Signal(encoding="bfloat16")},  # type: ignore[arg-type]
+    "signal.top_k": {"signal": Signal(top_k=2**31)},
+    "signal.sampled": {"signal": Signal(sampled="yes")},  # type: ignore[arg-type]
+    "pins.revision": {"pins": Pins(revision="\ud800")},
+    "pins.weights_version": {"pins": Pins(weights_version=2**63)},
+    "teacher": {"teacher": "a\ud800"},
+    "request_id": {"request_id": "\udfff"},
+    "sequences[0].id": {"sequences": (Sequence("\ud800", 0, ONES),)},
+    "sequences[0].context": {"sequences": (Sequence("a", 2**31, ONES),)},
+    "sequences[0].response_ids": {"sequences": (Sequence("a", 0, ONES.reshape(1, 1)),)},
+    "sequences[0].candidate_ids": {"sequences": (Sequence("a", 0, ONES, [[1]]),)},  # type: ignore[arg-type]
+    "contexts[0]": {"contexts": (np.ones((2, 2), np.int32),)},
+}
+
+
+@pytest.mark.parametrize("field", UNSAYABLE)
+def test_what_the_wire_cannot_say_is_refused_with_its_field(field: str) -> None:
+    whole = ScoreRequest((ONES,), (Sequence("a", 0, ONES),))
+    with pytest.raises(TutelageError) as refused:
+        codec.request_to_proto(replace(whole, **UNSAYABLE[field]))  # type: ignore[arg-type]
+    assert refused.value.code == "INVALID_ARGUMENT"
+    assert refused.value.message.startswith(f"{field}: got ")
+
+
+def test_a_long_value_is_not_repeated_in_full() -> None:
+    with pytest.raises(TutelageError) as refused:
+        codec.teacher_request("\ud800" * 100_000)
+    assert len(refused.value.message) < 1000
 
 
 def test_contexts_are_shared_paired_or_indexed() -> None:

@@ -248,3 +248,51 @@ def test_no_address_is_refused() -> None:
     for nothing in ("", [], ["a:1", ""]):
         with pytest.raises(TutelageError, match="INVALID_ARGUMENT: addresses"):
             TeacherClient(nothing)
+
+
+async def test_a_closed_client_raises_cancelled_and_tries_no_more() -> None:
+    patient = RetryPolicy(attempts=1000, initial_seconds=60, max_seconds=60)
+    with server(failing(grpc.StatusCode.UNAVAILABLE, 10_000)) as (address, calls):
+        sync, later = TeacherClient(address, retry=patient), AsyncTeacherClient(address, retry=patient)
+        waiting = [
+            asyncio.create_task(asyncio.to_thread(sync.get_teacher)),
+            asyncio.create_task(later.get_teacher()),
+        ]
+        while len(calls) < 2:  # noqa: ASYNC110 - calls come from the server's threads
+            await asyncio.sleep(0.01)
+        began = time.monotonic()
+        sync.close()
+        await later.close()
+        for error in await asyncio.gather(*waiting, return_exceptions=True):
+            assert isinstance(error, TutelageError)
+            assert error.code == "CANCELLED"
+        assert time.monotonic() - began < 1.0
+        tries = len(calls)
+        for call in (sync.get_teacher, lambda: next(sync.score_stream([]))):
+            with pytest.raises(TutelageError, match="CANCELLED: client: it is closed"):
+                call()
+        with pytest.raises(TutelageError, match="CANCELLED: client: it is closed"):
+            await later.get_teacher()
+        with pytest.raises(TutelageError, match="CANCELLED: client: it is closed"):
+            await anext(later.score_stream([]))
+        assert len(calls) == tries
+
+
+async def test_closing_ends_the_calls_that_are_with_a_teacher() -> None:
+    def slow(_call: int, _context: grpc.ServicerContext) -> pb.GetTeacherResponse:
+        time.sleep(1.0)
+        return named("late")
+
+    with server(slow) as (address, calls):
+        sync, later = TeacherClient(address), AsyncTeacherClient(address)
+        waiting = [
+            asyncio.create_task(asyncio.to_thread(sync.get_teacher)),
+            asyncio.create_task(later.get_teacher()),
+        ]
+        while len(calls) < 2:  # noqa: ASYNC110 - calls come from the server's threads
+            await asyncio.sleep(0.01)
+        sync.close()
+        await later.close()
+        for error in await asyncio.gather(*waiting, return_exceptions=True):
+            assert isinstance(error, TutelageError), error
+            assert error.code == "CANCELLED"

@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Sequence
+import contextlib
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -24,6 +25,7 @@ from tutelage_client.connect import (
     as_tutelage_error,
     call_metadata,
     channel_options,
+    closed,
 )
 from tutelage_client.retry import Attempts, RetryPolicy
 from tutelage_client.stream import OpenStream
@@ -57,6 +59,7 @@ class AsyncTeacherClient:
             self._channels.append(channel)
             endpoints.append(Endpoint(address, TeacherServiceStub(channel)))  # type: ignore[no-untyped-call]
         self._balancer = Balancer(endpoints)
+        self._closed = asyncio.Event()
 
     async def __aenter__(self) -> AsyncTeacherClient:
         return self
@@ -67,12 +70,14 @@ class AsyncTeacherClient:
         await self.close()
 
     async def close(self) -> None:
+        """As TeacherClient.close."""
+        self._closed.set()
         for channel in self._channels:
             await channel.close()
 
     async def get_teacher(self, teacher: str = "", timeout: float | None = 30.0) -> t.Teacher:
         """Who scores here, and within which limits."""
-        answer = await self._call("GetTeacher", pb.GetTeacherRequest(teacher=teacher), 0, timeout)
+        answer = await self._call("GetTeacher", codec.teacher_request(teacher), 0, timeout)
         return codec.teacher_from_proto(answer)
 
     async def score(
@@ -120,19 +125,21 @@ class AsyncTeacherClient:
         """As TeacherClient.score_stream."""
         stream = OpenStream(self._balancer)
         error = None
-        call = stream.endpoint.connection.ScoreStream(
-            _messages(requests, stream), timeout=timeout, metadata=self._metadata
-        )
         try:
-            async for message in call:
-                yield stream.answered(message)
+            method = stream.endpoint.connection.ScoreStream
+            with self._closing_is_an_error():
+                call = method(_messages(requests, stream), timeout=timeout, metadata=self._metadata)
+                try:
+                    async for message in call:
+                        yield stream.answered(message)
+                finally:
+                    call.cancel()
             stream.raise_for_requests()
         except grpc.RpcError as raised:
             stream.raise_for_requests()
             error = as_tutelage_error(raised)
             raise error from raised
         finally:
-            call.cancel()
             stream.close(error)
 
     async def _call(self, method: str, message: Message, tokens: int, timeout: float | None) -> Any:
@@ -143,12 +150,31 @@ class AsyncTeacherClient:
             error = None
             try:
                 call = getattr(endpoint.connection, method)
-                return await call(message, timeout=attempts.remaining(), metadata=self._metadata)
+                with self._closing_is_an_error():
+                    return await call(message, timeout=attempts.remaining(), metadata=self._metadata)
             except grpc.RpcError as raised:
                 error = as_tutelage_error(raised)
             finally:
                 self._balancer.give_back(endpoint, tokens, error)
-            await asyncio.sleep(attempts.pause_after(error, self._balancer.rest_seconds()))
+            await self._pause(attempts.pause_after(error, self._balancer.rest_seconds()))
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait; not longer than until the client is closed."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._closed.wait(), seconds)
+
+    @contextlib.contextmanager
+    def _closing_is_an_error(self) -> Iterator[None]:
+        """A closed channel cancels its calls, which would look as if the caller's task had been cancelled."""
+        if self._closed.is_set():
+            raise closed()
+        try:
+            yield
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if not self._closed.is_set() or (task is not None and task.cancelling()):
+                raise
+            raise closed() from error
 
 
 async def _messages(

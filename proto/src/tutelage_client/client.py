@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
@@ -22,7 +22,9 @@ from tutelage_client.connect import (
     as_tutelage_error,
     call_metadata,
     channel_options,
+    closed,
 )
+from tutelage_client.errors import TutelageError
 from tutelage_client.retry import Attempts, RetryPolicy
 from tutelage_client.stream import OpenStream
 
@@ -62,6 +64,7 @@ class TeacherClient:
             self._channels.append(channel)
             endpoints.append(Endpoint(address, TeacherServiceStub(channel)))  # type: ignore[no-untyped-call]
         self._balancer = Balancer(endpoints)
+        self._closed = threading.Event()
 
     def __enter__(self) -> TeacherClient:
         return self
@@ -72,12 +75,14 @@ class TeacherClient:
         self.close()
 
     def close(self) -> None:
+        """End every call, those that wait for another try included, with CANCELLED."""
+        self._closed.set()
         for channel in self._channels:
             channel.close()
 
     def get_teacher(self, teacher: str = "", timeout: float | None = 30.0) -> t.Teacher:
         """Who scores here, and within which limits."""
-        answer = self._call("GetTeacher", pb.GetTeacherRequest(teacher=teacher), 0, timeout)
+        answer = self._call("GetTeacher", codec.teacher_request(teacher), 0, timeout)
         return codec.teacher_from_proto(answer)
 
     def score(
@@ -141,19 +146,20 @@ class TeacherClient:
         """
         stream = OpenStream(self._balancer)
         error = None
-        call = stream.endpoint.connection.ScoreStream(
-            _messages(requests, stream), timeout=timeout, metadata=self._metadata
-        )
         try:
-            for message in call:
-                yield stream.answered(message)
+            method = stream.endpoint.connection.ScoreStream
+            call = self._begin(method, _messages(requests, stream), timeout)
+            try:
+                for message in call:
+                    yield stream.answered(message)
+            finally:
+                call.cancel()
             stream.raise_for_requests()
         except grpc.RpcError as raised:
             stream.raise_for_requests()
-            error = as_tutelage_error(raised)
+            error = self._error(raised)
             raise error from raised
         finally:
-            call.cancel()
             stream.close(error)
 
     def _call(self, method: str, message: Message, tokens: int, timeout: float | None) -> Any:
@@ -163,13 +169,25 @@ class TeacherClient:
             endpoint = self._balancer.take(tokens)
             error = None
             try:
-                call = getattr(endpoint.connection, method)
-                return call(message, timeout=attempts.remaining(), metadata=self._metadata)
+                return self._begin(getattr(endpoint.connection, method), message, attempts.remaining())
             except grpc.RpcError as raised:
-                error = as_tutelage_error(raised)
+                error = self._error(raised)
             finally:
                 self._balancer.give_back(endpoint, tokens, error)
-            time.sleep(attempts.pause_after(error, self._balancer.rest_seconds()))
+            self._closed.wait(attempts.pause_after(error, self._balancer.rest_seconds()))
+
+    def _begin(self, method: Any, message: object, timeout: float | None) -> Any:
+        if self._closed.is_set():
+            raise closed()
+        try:
+            return method(message, timeout=timeout, metadata=self._metadata)
+        except ValueError as error:  # what gRPC raises when the channel was closed just now
+            if not self._closed.is_set():
+                raise
+            raise closed() from error
+
+    def _error(self, raised: grpc.RpcError) -> TutelageError:
+        return closed() if self._closed.is_set() else as_tutelage_error(raised)
 
 
 def _messages(

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from google.protobuf.message import Message
 from tutelage.v1 import teacher_pb2 as pb
 
 from tutelage_client import types as t
-from tutelage_client.errors import TutelageError, invalid
+from tutelage_client.errors import TutelageError, invalid, shown
 
 _FLOAT = {pb.ENCODING_UNSPECIFIED: "<f4", pb.ENCODING_FLOAT32: "<f4", pb.ENCODING_FLOAT16: "<f2"}
 _ENCODING: dict[t.EncodingName, pb.Encoding] = {
@@ -24,22 +25,32 @@ _ENCODING: dict[t.EncodingName, pb.Encoding] = {
 
 
 def pack_ids(ids: t.TokenIds, name: str = "ids") -> bytes:
-    """Token ids of any integer type as little-endian int32 bytes."""
-    return as_ids(ids, name).astype("<i4", copy=False).tobytes()
+    """Token ids of any integer type and shape as little-endian int32 bytes."""
+    return _as_int32(ids, name).astype("<i4", copy=False).tobytes()
 
 
 def as_ids(ids: t.TokenIds, name: str = "ids") -> t.Int32Array:
-    """Token ids as a contiguous int32 array; refuses floats and values outside int32."""
+    """Token ids as a contiguous int32 array [N]; refuses floats, other shapes and values outside int32."""
+    array = _as_int32(ids, name)
+    if array.ndim != 1:
+        raise invalid(f"{name}: got shape {list(array.shape)}, must be one list of token ids")
+    return array
+
+
+def _as_int32(ids: t.TokenIds, name: str) -> t.Int32Array:
     if isinstance(ids, np.ndarray) and ids.dtype == np.int32:
-        return np.ascontiguousarray(ids)
-    array = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids))
+        return np.ascontiguousarray(ids) if ids.ndim else ids
+    try:
+        array = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids))
+    except (TypeError, ValueError) as error:
+        raise invalid(f"{name}: got {shown(ids)}, must be token ids") from error
     if array.size == 0:
         return array.astype(np.int32)
     if array.dtype.kind not in "iu":
         raise invalid(f"{name}: got an array of {array.dtype}, token ids must be integers")
     if array.max() > np.iinfo(np.int32).max or array.min() < np.iinfo(np.int32).min:
         raise invalid(f"{name}: got ids from {array.min()} to {array.max()}, which is outside int32")
-    return np.ascontiguousarray(array, dtype=np.int32)
+    return array.astype(np.int32, order="C")
 
 
 def unpack_ids(data: bytes, name: str, columns: int | None = None) -> t.Int32Array:
@@ -52,14 +63,23 @@ def unpack_ids(data: bytes, name: str, columns: int | None = None) -> t.Int32Arr
 
 
 def signal_to_proto(signal: t.Signal) -> pb.Signal:
-    return pb.Signal(
-        sampled=signal.sampled,
-        top_k=signal.top_k,
-        candidates=signal.candidates,
-        entropy=signal.entropy,
-        temperature=signal.temperature,
-        encoding=_ENCODING[signal.encoding],
-    )
+    """Refuses what the wire cannot say, and a temperature of 0, which on the wire means 1."""
+    if signal.encoding not in _ENCODING:
+        raise invalid(f"signal.encoding: got {shown(signal.encoding)}, allowed are {', '.join(_ENCODING)}")
+    message = pb.Signal(encoding=_ENCODING[signal.encoding])
+    for field in ("sampled", "top_k", "candidates", "entropy", "temperature"):
+        _set(message, field, getattr(signal, field), "signal.")
+    if not (math.isfinite(message.temperature) and message.temperature > 0):
+        raise invalid(f"signal.temperature: got {signal.temperature}, must be a finite number above 0")
+    return message
+
+
+def _set(message: Message, field: str, value: object, prefix: str = "") -> None:
+    """Set a scalar field; INVALID_ARGUMENT with its name when protobuf cannot hold the value."""
+    try:
+        setattr(message, field, value)
+    except (TypeError, ValueError) as error:  # includes text that is not Unicode
+        raise invalid(f"{prefix}{field}: got {shown(value)}, which is no value of this field") from error
 
 
 def signal_from_proto(message: pb.Signal) -> t.Signal:
@@ -76,11 +96,18 @@ def signal_from_proto(message: pb.Signal) -> t.Signal:
 
 
 def pins_to_proto(pins: t.Pins) -> pb.Pins:
-    return pb.Pins(
-        tokenizer_fingerprint=pins.tokenizer_fingerprint,
-        revision=pins.revision,
-        weights_version=pins.weights_version,
-    )
+    message = pb.Pins()
+    for field in t.Pins.__slots__:
+        value = getattr(pins, field)
+        if value is not None:
+            _set(message, field, value, "pins.")
+    return message
+
+
+def teacher_request(teacher: str) -> pb.GetTeacherRequest:
+    message = pb.GetTeacherRequest()
+    _set(message, "teacher", teacher)
+    return message
 
 
 def pins_from_proto(message: pb.Pins) -> t.Pins:
@@ -94,29 +121,38 @@ def pins_from_proto(message: pb.Pins) -> t.Pins:
 
 
 def request_to_proto(request: t.ScoreRequest) -> pb.ScoreRequest:
-    return pb.ScoreRequest(
-        request_id=request.request_id,
-        teacher=request.teacher,
+    """The message of a request; raises INVALID_ARGUMENT, with the field, for what the wire cannot say."""
+    message = pb.ScoreRequest(
         pins=pins_to_proto(request.pins),
-        contexts=[pb.Context(ids=pack_ids(ids, f"contexts[{i}]")) for i, ids in enumerate(request.contexts)],
-        sequences=[_sequence_to_proto(sequence) for sequence in request.sequences],
+        contexts=[
+            pb.Context(ids=pack_ids(as_ids(ids, f"contexts[{i}]"))) for i, ids in enumerate(request.contexts)
+        ],
+        sequences=[_sequence_to_proto(i, sequence) for i, sequence in enumerate(request.sequences)],
         signal=signal_to_proto(request.signal),
     )
-
-
-def _sequence_to_proto(sequence: t.Sequence) -> pb.Sequence:
-    message = pb.Sequence(
-        id=sequence.id,
-        context=sequence.context,
-        response_ids=pack_ids(sequence.response_ids, f"sequence {sequence.id!r} response_ids"),
-    )
-    if sequence.candidate_ids is not None:
-        name = f"sequence {sequence.id!r} candidate_ids"
-        if sequence.candidate_ids.ndim != 2:
-            raise invalid(f"{name}: got shape {list(sequence.candidate_ids.shape)}, must be [R, C]")
-        message.candidate_ids = pack_ids(sequence.candidate_ids, name)
-        message.num_candidates = sequence.candidate_ids.shape[1]
+    _set(message, "request_id", request.request_id)
+    _set(message, "teacher", request.teacher)
     return message
+
+
+def _sequence_to_proto(index: int, sequence: t.Sequence) -> pb.Sequence:
+    prefix = f"sequences[{index}]."
+    message = pb.Sequence(response_ids=pack_ids(as_ids(sequence.response_ids, f"{prefix}response_ids")))
+    _set(message, "id", sequence.id, prefix)
+    _set(message, "context", sequence.context, prefix)
+    candidates = sequence.candidate_ids
+    if candidates is not None:
+        _check_candidates(candidates, f"{prefix}candidate_ids")
+        message.candidate_ids = pack_ids(candidates, f"{prefix}candidate_ids")
+        message.num_candidates = candidates.shape[1]
+    return message
+
+
+def _check_candidates(candidates: object, name: str) -> None:
+    if not isinstance(candidates, np.ndarray):
+        raise invalid(f"{name}: got a {type(candidates).__name__}, must be a numpy array [R, C]")
+    if candidates.ndim != 2:
+        raise invalid(f"{name}: got shape {list(candidates.shape)}, must be [R, C]")
 
 
 def request_tokens(request: t.ScoreRequest) -> int:

@@ -47,6 +47,10 @@ def channel_options(max_message_bytes: int) -> Sequence[tuple[str, Any]]:
     )
 
 
+def closed() -> TutelageError:
+    return TutelageError("CANCELLED", "client: it is closed")
+
+
 def call_metadata(token: str | None) -> Metadata:
     return () if token is None else (("authorization", f"Bearer {token}"),)
 

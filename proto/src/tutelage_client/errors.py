@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+_SHOWN = 200
+
 
 class TutelageError(Exception):
     """A refusal or a failure, with the gRPC status name of the contract.
@@ -18,6 +20,12 @@ class TutelageError(Exception):
         self.code = code
         self.message = message
         self.retry_after = retry_after
+
+
+def shown(value: object) -> str:
+    """A value as messages quote it: its repr, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}… ({len(text)} characters)"
 
 
 def invalid(message: str) -> TutelageError:
