@@ -15,7 +15,7 @@ from typing import Literal
 
 import structlog
 from tutelage_client import codec
-from tutelage_client.errors import TutelageError
+from tutelage_client.errors import TutelageError, shown
 from tutelage_client.types import (
     Identity,
     Limits,
@@ -88,7 +88,7 @@ class ScoringCore:
         if self.state == "loading":
             raise TutelageError("UNAVAILABLE", "teacher: the model is still loading", retry_after=1.0)
         if name not in ("", self.identity.name):
-            raise TutelageError("NOT_FOUND", f"teacher: got {name!r}, here is {self.identity.name!r}")
+            raise TutelageError("NOT_FOUND", f"teacher: got {shown(name)}, here is {self.identity.name!r}")
         return Teacher(identity=self.identity, limits=self.limits, ready=self.state == "ready")
 
     async def score(

@@ -24,10 +24,12 @@ from tutelage_client.types import SequenceError
 from services.api.auth import TokenCheck
 from services.api.core import ScoringCore, Transport
 from services.api.settings import ServiceSettings
+from services.api.validate import check_counts
 
 SERVICE = pb.DESCRIPTOR.services_by_name["TeacherService"].full_name
 _HEALTH_PREFIX = "/grpc.health.v1.Health/"
 _STREAM_WINDOW = 64
+_MAX_DETAILS = 1000  # characters; details travel as metadata, which gRPC bounds at 8 KiB
 # Callers watch a silent call by pings. gRPC's own bound is one in five minutes, beyond which it hangs up.
 MIN_PING_INTERVAL_MS = 10_000
 
@@ -170,6 +172,7 @@ class _Servicer:
             await _abort(context, TutelageError("UNAVAILABLE", "teacher: the service is draining"))
 
     async def _answer(self, message: pb.ScoreRequest, remaining: float | None, transport: Transport) -> bytes:
+        check_counts(len(message.sequences), len(message.contexts), self._core.limits)
         malformed: dict[int, SequenceError] = {}
         request = codec.request_from_proto(message, malformed)
         score = await self._core.score(
@@ -263,5 +266,5 @@ def _parse(kind: type[M], data: bytes) -> M:
 
 async def _abort(context: Context, error: TutelageError) -> NoReturn:
     metadata = () if error.retry_after is None else (("retry-after", f"{error.retry_after:.3f}"),)
-    await context.abort(grpc.StatusCode[error.code], error.message, metadata)
+    await context.abort(grpc.StatusCode[error.code], error.message[:_MAX_DETAILS], metadata)
     raise AssertionError("abort always raises")

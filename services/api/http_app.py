@@ -12,9 +12,10 @@ from fastapi.responses import JSONResponse, Response
 from google.protobuf import json_format
 from google.protobuf.message import DecodeError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from tutelage.v1 import teacher_pb2 as pb
 from tutelage_client import codec
-from tutelage_client.errors import TutelageError, invalid
+from tutelage_client.errors import TutelageError, invalid, shown
 from tutelage_client.types import Score, ScoreRequest, SequenceError
 
 from services.api.auth import TokenCheck
@@ -24,6 +25,7 @@ from services.api.http_gates import Gates
 from services.api.json_codec import parse_request, score_document
 from services.api.openapi import error_responses, score_operation
 from services.api.settings import ServiceSettings
+from services.api.validate import check_counts
 
 PROTOBUF = "application/x-protobuf"
 
@@ -61,15 +63,20 @@ def _add_score_routes(app: FastAPI, core: ScoringCore) -> None:
     async def score(request: Request, arrays: ArrayForm = "base64", seconds: Timeout = None) -> Response:
         """Score a batch; the answer comes in the request's own media type."""
         binary = _media_type(request) == PROTOBUF
-        body = await request.body()
-        message = _parse_protobuf(body) if binary else parse_request(body)
+        body = await _body(request)
+        if binary:
+            message = _parse_protobuf(body)
+            check_counts(len(message.sequences), len(message.contexts), core.limits)
+        else:
+            message = await asyncio.to_thread(parse_request, body, core.limits)
         malformed: dict[int, SequenceError] = {}
         decoded = codec.request_from_proto(message, malformed)
         answer = await _score_while_connected(core, request, decoded, malformed, _seconds(seconds))
         encoding = decoded.signal.encoding
         if binary:
             return Response(codec.score_to_bytes(answer, encoding), media_type=PROTOBUF)
-        return JSONResponse(score_document(answer, encoding, arrays))
+        # Making JSON of a large answer takes seconds, in which other requests are not to wait.
+        return await asyncio.to_thread(lambda: JSONResponse(score_document(answer, encoding, arrays)))
 
     @app.get("/v1/teacher", responses=error_responses())
     async def teacher(request: Request, teacher: str = "") -> Response:
@@ -136,6 +143,13 @@ def _add_error_shapes(app: FastAPI) -> None:
         return error_response(invalid(f"{first['loc'][-1]}: {first['msg']}"))
 
 
+async def _body(request: Request) -> bytes:
+    try:
+        return await request.body()
+    except ClientDisconnect as error:
+        raise TutelageError("CANCELLED", "connection: closed by the caller") from error
+
+
 async def _score_while_connected(
     core: ScoringCore,
     request: Request,
@@ -166,7 +180,7 @@ async def _disconnected(request: Request) -> None:
 def _media_type(request: Request) -> str:
     media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if media_type not in (PROTOBUF, "application/json"):
-        raise invalid(f"content-type: got {media_type!r}, allowed are application/json and {PROTOBUF}")
+        raise invalid(f"content-type: got {shown(media_type)}, allowed are application/json and {PROTOBUF}")
     return media_type
 
 
@@ -185,5 +199,5 @@ def _seconds(header: str | None) -> float | None:
     except ValueError:
         seconds = math.nan
     if not math.isfinite(seconds) or seconds < 0:
-        raise invalid(f"request-timeout: got {header!r}, must be a number of seconds of at least 0")
+        raise invalid(f"request-timeout: got {shown(header)}, must be a number of seconds of at least 0")
     return seconds

@@ -27,6 +27,7 @@ _FIELD = re.compile(r"([a-z_-]+(?:\[\d+\])?(?:\.[a-z_]+(?:\[\d+\])?)*): ")
 
 def error_body(status: int, message: str, code: str) -> dict[str, Any]:
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    message = message.encode("utf-8", "backslashreplace").decode()  # it may quote what is not Unicode
     field = _FIELD.match(message)
     return {"error": {"message": message, "type": kind, "code": code, "param": field and field.group(1)}}
 

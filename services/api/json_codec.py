@@ -17,21 +17,25 @@ from google.protobuf import json_format
 from tutelage.v1 import teacher_pb2 as pb
 from tutelage_client import codec
 from tutelage_client.errors import TutelageError, invalid
-from tutelage_client.types import Score, SequenceScore
+from tutelage_client.types import Limits, Score, SequenceScore
+
+from services.api.validate import check_counts
 
 
-def parse_request(body: bytes) -> pb.ScoreRequest:
-    """A ScoreRequest from JSON; raises INVALID_ARGUMENT for whatever is not one."""
+def parse_request(body: bytes, limits: Limits) -> pb.ScoreRequest:
+    """A ScoreRequest from JSON; raises INVALID_ARGUMENT for whatever is not one, or has too many parts."""
     try:
         document = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise invalid(f"body: got {len(body)} bytes that are not JSON ({_first_line(error)})") from error
     if not isinstance(document, dict):
         raise invalid(f"body: got a JSON {type(document).__name__}, must be an object")
+    check_counts(_length(document, "sequences"), _length(document, "contexts"), limits)
     _pack_lists(document)
     try:
         return json_format.ParseDict(document, pb.ScoreRequest())
-    except (json_format.ParseError, ValueError, TypeError, RecursionError) as error:
+    except (json_format.ParseError, ValueError, TypeError, RecursionError, SystemError) as error:
+        # SystemError: protobuf's C code, when a name has a lone surrogate.
         raise invalid(f"body: not a ScoreRequest ({_first_line(error)})") from error
 
 
@@ -90,6 +94,12 @@ def _pack_candidates(sequence: dict[str, Any], spelling: str, name: str) -> None
     sequence[spelling] = _base64(_ids([i for row in rows for i in row], name))
     sequence.pop("numCandidates", None)
     sequence["num_candidates"] = len(rows[0])
+
+
+def _length(document: dict[str, Any], field: str) -> int:
+    """How many there are; 0 where there is something else than a list, which is protobuf's to refuse."""
+    values = document.get(field)
+    return len(values) if isinstance(values, list) else 0
 
 
 def _objects(document: dict[str, Any], field: str) -> list[tuple[int, dict[str, Any]]]:

@@ -80,6 +80,8 @@ def error_responses() -> dict[int | str, dict[str, Any]]:
         412: "A pin does not match this teacher",
         413: "The body is too large",
         429: "Full; see Retry-After",
+        499: "The caller hung up before the answer",
+        500: "The teacher failed; its log says why",
         503: "Loading or draining; see Retry-After",
         504: "The deadline passed",
     }

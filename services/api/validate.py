@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import numpy as np
 from tutelage_client import codec
-from tutelage_client.errors import TutelageError, invalid
+from tutelage_client.errors import TutelageError, invalid, shown
 from tutelage_client.types import (
     PAD_ID,
     Identity,
@@ -27,14 +27,23 @@ from tutelage_client.types import (
 _BYTES_PER_SEQUENCE = 128  # id, counts and field headers of one SequenceScore
 
 
+def check_counts(sequences: int, contexts: int, limits: Limits) -> None:
+    """Raise TutelageError for too many parts; cheap, so that doors ask it before they decode any."""
+    if sequences > limits.max_sequences:
+        raise invalid(f"sequences: got {sequences}, allowed are 1 to {limits.max_sequences}")
+    if contexts > limits.max_sequences:
+        raise invalid(f"contexts: got {contexts}, allowed are as many as sequences, {limits.max_sequences}")
+
+
 def check_request(request: ScoreRequest, identity: Identity, limits: Limits) -> None:
     """Raise TutelageError for what makes the request as a whole unanswerable."""
     _check_teacher(request.teacher, identity)
     check_pins(request.pins, identity)
     check_signal(request.signal, identity, limits)
     count = len(request.sequences)
-    if not 1 <= count <= limits.max_sequences:
-        raise invalid(f"sequences: got {count}, allowed are 1 to {limits.max_sequences}")
+    check_counts(count, len(request.contexts), limits)
+    if not count:
+        raise invalid(f"sequences: got 0, allowed are 1 to {limits.max_sequences}")
     if len({sequence.id for sequence in request.sequences}) != count:
         raise invalid("sequences.id: got the same id twice, ids must be unique in a request")
     tokens = codec.request_tokens(request)
@@ -84,7 +93,7 @@ def check_sequences(request: ScoreRequest, identity: Identity, limits: Limits) -
 
 def _check_teacher(name: str, identity: Identity) -> None:
     if name not in ("", identity.name):
-        raise TutelageError("NOT_FOUND", f"teacher: got {name!r}, here is {identity.name!r}")
+        raise TutelageError("NOT_FOUND", f"teacher: got {shown(name)}, here is {identity.name!r}")
 
 
 def check_pins(pins: Pins, identity: Identity) -> None:
@@ -93,7 +102,7 @@ def check_pins(pins: Pins, identity: Identity) -> None:
         wanted, here = getattr(pins, field), getattr(identity, field)
         if wanted is not None and wanted != here:
             raise TutelageError(
-                "FAILED_PRECONDITION", f"pins.{field}: got {wanted!r}, this teacher has {here!r}"
+                "FAILED_PRECONDITION", f"pins.{field}: got {shown(wanted)}, this teacher has {here!r}"
             )
 
 

@@ -11,11 +11,15 @@ import grpc
 import pytest
 import pytest_asyncio
 from google.protobuf import json_format
+from starlette.types import Message
 from support.teachers import LIMITS, VOCAB, Doors, RecordingScorer, http_client, serve
 from tutelage.v1 import teacher_pb2 as pb
 from tutelage_client import codec
 
+from services.api.auth import TokenCheck
+from services.api.http_app import build_app
 from services.api.http_errors import STATUS
+from services.api.settings import ServiceSettings
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -160,6 +164,10 @@ def many_sequences(request: pb.ScoreRequest) -> None:
         request.sequences.append(pb.Sequence(id=str(index), response_ids=codec.pack_ids([1])))
 
 
+def many_contexts(request: pb.ScoreRequest) -> None:
+    request.contexts.extend([pb.Context(ids=b"123")] * LIMITS.max_sequences)
+
+
 def many_tokens(request: pb.ScoreRequest) -> None:
     del request.sequences[:]
     for index in range(5):
@@ -192,6 +200,12 @@ REQUEST_CASES = {
     ),
     "no sequence": (lambda r: r.ClearField("sequences"), "INVALID_ARGUMENT", "sequences: got 0"),
     "too many sequences": (many_sequences, "INVALID_ARGUMENT", "sequences: got 10, allowed are 1 to 8"),
+    "too many contexts": (many_contexts, "INVALID_ARGUMENT", "contexts: got 9, allowed are as many as"),
+    "a name too long for metadata": (
+        lambda r: setattr(r, "teacher", "é" * 5_000),
+        "NOT_FOUND",
+        "… (5002 characters), here is 'fake'",
+    ),
     "too many tokens": (many_tokens, "INVALID_ARGUMENT", "request tokens: got 303, allowed are 256"),
     "the same id twice": (
         lambda r: setattr(r.sequences[1], "id", "a"),
@@ -291,6 +305,11 @@ MALFORMED_JSON = {
     "number as text": b'{"signal": {"top_k": "many"}}',
     "not base64": b'{"contexts": [{"ids": "\\u2603"}]}',
     "contexts as object": b'{"contexts": {"ids": [1]}}',
+    "lone surrogate as a name": b'{"\\ud800": 1}',
+    "lone surrogate as a nested name": b'{"sequences": [{"id": "a"}], "signal": {"\\ud800": 1}}',
+    "lone surrogate as a list": b'{"sequences": "\\ud800"}',
+    "lone surrogate as an enum": b'{"sequences": [{"id": "a"}], "signal": {"encoding": "\\ud800"}}',
+    "lone surrogate as a number": b'{"sequences": [{"id": "a"}], "signal": {"temperature": "\\ud800"}}',
     "lone surrogate": b'{"teacher": "\\ud800"}',
 }
 
@@ -335,3 +354,18 @@ async def test_unknown_routes_and_methods_have_the_error_shape(service: Service)
         ):
             assert reply.status_code == status
             assert set(reply.json()["error"]) == {"message", "type", "code", "param"}
+
+
+async def test_a_caller_that_hangs_up_while_sending_is_cancelled_and_no_failure(service: Service) -> None:
+    app = build_app(service.doors.core, ServiceSettings(), TokenCheck(()))
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/score", "headers": [], "query_string": b""}
+    await app(scope, receive, send)
+    assert sent[0]["status"] == 499
