@@ -75,7 +75,8 @@ class StudentPolicy:
                 raise
             log.info("policy version replaced while loading", version=wanted.version)
             return False
-        return True
+        # Published anew meanwhile: some of the files may have been those of the other publication.
+        return self._store.get(wanted.version) in (wanted, None)
 
 
 def find_version(store: PolicyStore, order: SampleOrder) -> PolicyVersion | None:

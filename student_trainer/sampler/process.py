@@ -52,10 +52,10 @@ async def _serve(config: RunConfig, name: str) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with run_queue(config) as queue:
         with queue.presence(sampler_role(config.run.name), name):
-            first = await _first_policy(PolicyStore(config.run.directory / "policy"), stop)
-            if first is None:
+            built = await _build(config, stop)
+            if built is None:
                 return
-            policy, sampler = await asyncio.to_thread(build_sampler, config, first)
+            policy, sampler = built
             async with queue.orders(config.run.name, name) as worker:
                 service = OrderService(
                     config=config,
@@ -68,6 +68,20 @@ async def _serve(config: RunConfig, name: str) -> None:
                 )
                 await service.serve()
     log.info("sampler drained", name=name)
+
+
+async def _build(config: RunConfig, stop: asyncio.Event) -> tuple[StudentPolicy, GroupSampler] | None:
+    """A sampler of the newest published version; None when stopped before there is one."""
+    store = PolicyStore(config.run.directory / "policy")
+    while (first := await _first_policy(store, stop)) is not None:
+        try:
+            return await asyncio.to_thread(build_sampler, config, first)
+        except (TutelageError, OSError):
+            # A resuming trainer may have deleted the version while it was read. Anything else is an error.
+            if store.get(first.version) == first:
+                raise
+            log.info("policy version replaced while loading", version=first.version)
+    return None
 
 
 async def _first_policy(store: PolicyStore, stop: asyncio.Event) -> PolicyVersion | None:
