@@ -251,7 +251,7 @@ def test_no_address_is_refused() -> None:
 
 
 async def test_a_closed_client_raises_cancelled_and_tries_no_more() -> None:
-    patient = RetryPolicy(attempts=1000, initial_seconds=60, max_seconds=60)
+    patient = RetryPolicy(attempts=1000, initial_seconds=20, max_seconds=20)
     with server(failing(grpc.StatusCode.UNAVAILABLE, 10_000)) as (address, calls):
         sync, later = TeacherClient(address, retry=patient), AsyncTeacherClient(address, retry=patient)
         waiting = [
