@@ -6,6 +6,7 @@ An unknown key is an error that names its section and the nearest key that exist
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -54,7 +55,6 @@ class QueueSettings(_Section):
 
     url: str = Field(
         "embedded",
-        pattern=r"^(embedded|(redis|rediss|unix)://.+)$",
         description='redis://, rediss:// or unix:// address; "embedded": `tutelage up` starts its own',
     )
     namespace: str = Field("tutelage", pattern=NAME_PATTERN, description="prefix of every key")
@@ -64,6 +64,17 @@ class QueueSettings(_Section):
     heartbeat_seconds: float = Field(
         5.0, gt=0.0, le=300.0, description="how often a worker renews its leases; a lease lasts 1.5 of these"
     )
+
+    @field_validator("url")
+    @classmethod
+    def _is_an_address(cls, url: str) -> str:
+        if url != "embedded" and not re.match(r"(redis|rediss|unix)://.", url):
+            scheme = url.partition(":")[0][:20]
+            raise ValueError(
+                f'must be "embedded" or a redis://, rediss:// or unix:// address, got one that begins with '
+                f"{scheme!r} (the rest is not shown, it may hold a password)"
+            )
+        return url
 
 
 class TeacherEntry(_Section):

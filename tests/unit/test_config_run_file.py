@@ -152,3 +152,10 @@ def test_configuration_survives_a_round_trip_through_plain_data(tmp_path: Path) 
     config = load(tmp_path, MINIMAL)
     dumped: dict[str, Any] = config.model_dump(mode="json", exclude_unset=True)
     assert parse_run_config(dumped) == config
+
+
+def test_a_wrong_queue_address_is_refused_without_showing_its_password(tmp_path: Path) -> None:
+    (problem,) = problems(tmp_path, MINIMAL + '\n[queue]\nurl = "http://:hunter2@host"\n')
+    assert "[queue] url" in problem
+    assert "redis://" in problem
+    assert "hunter2" not in problem
