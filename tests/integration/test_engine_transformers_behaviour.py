@@ -277,6 +277,9 @@ async def test_a_model_that_cannot_be_loaded_fails_the_start(tmp_path: Path) -> 
     await engine.close()
 
 
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnhandledThreadExceptionWarning"
+)  # the thread ends, as it should
 async def test_a_log_that_cannot_be_written_keeps_nobody_waiting(tmp_path: Path) -> None:
     def broken(*_args: Any, **_kwargs: Any) -> Any:
         raise OSError("stderr is gone")
