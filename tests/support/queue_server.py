@@ -19,7 +19,7 @@ def queue_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     if given := os.environ.get("TUTELAGE_TEST_QUEUE_URL"):
         yield given
         return
-    with EmbeddedServer(tmp_path_factory.mktemp("queue")) as server:
+    with EmbeddedServer(tmp_path_factory.mktemp("queue"), dies_with_parent=True) as server:
         yield server.url
 
 
