@@ -47,7 +47,11 @@ def _print_table() -> None:
         return
     table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
     for title in ("figure", "value", "unit", "ours", "peer", "compared with"):
-        table.add_column(title, justify="right" if title in ("value", "ours", "peer") else "left")
+        table.add_column(
+            title,
+            justify="right" if title in ("value", "ours", "peer") else "left",
+            no_wrap=title == "figure",
+        )
     for line in LATEST.read_text(encoding="utf-8").splitlines():
         figure = json.loads(line)
         peer = "–" if figure["peer"] is None else f"{figure['peer']:,.4g}"
