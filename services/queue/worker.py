@@ -6,6 +6,7 @@ import asyncio
 import secrets
 import threading
 import time
+from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar, cast
 
@@ -31,7 +32,7 @@ LEAVE_PATIENCE = 2.0
 SILENT_LEASES = 4
 
 
-class Worker(Generic[C]):
+class Worker(ABC, Generic[C]):
     """A member of a stream's consumer group; use it as an async context manager.
 
     Every claim must end in one of `commit`/`finish`, `fail`, `bury`, `release` or `abandon`; until then its
@@ -136,8 +137,8 @@ class Worker(Generic[C]):
         before = claim.deliveries - 1
         await self._end(claim, "release", claim.entry, self.consumer, self._settings.lease_ms, before)
 
-    def _parse(self, entry: str, deliveries: int, fields: Fields) -> C:
-        raise NotImplementedError
+    @abstractmethod
+    def _parse(self, entry: str, deliveries: int, fields: Fields) -> C: ...
 
     async def _run(self, name: str, *arguments: str | int | bytes) -> Any:
         return await self._scripts.run(
