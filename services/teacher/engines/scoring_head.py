@@ -8,6 +8,7 @@ Shapes: N scored rows, C candidate ids, K top ids, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +41,26 @@ class RowScores:
     top_logprobs: npt.NDArray[np.float32] | None = None  # [N, K]
     candidates: npt.NDArray[np.float32] | None = None  # [N, C], NaN at pads
     entropy: npt.NDArray[np.float32] | None = None  # [N]
+
+
+class VocabShard(Protocol):
+    """How a vocabulary that is split over ranks comes together; every call is made by all ranks at once.
+
+    Each rank holds the logits of neighbouring ids. All calls return the same on every rank.
+    """
+
+    @property
+    def start(self) -> int:
+        """The first id of this rank's columns."""
+
+    def reduce_max(self, x: Tensor) -> Tensor:
+        """Elementwise over ranks. What it makes of NaN does not matter."""
+
+    def reduce_sum(self, x: Tensor) -> Tensor:
+        """Elementwise over ranks; NaN on any rank is NaN on all."""
+
+    def gather_last(self, x: Tensor) -> Tensor:
+        """x [n, k] of every rank, in order of ranks, as [n, ranks · k]."""
 
 
 @dataclass(frozen=True)
@@ -80,36 +101,114 @@ def _empty(rows: int, signal: RowSignal, device: torch.device) -> dict[str, Tens
 
 
 def score_logits(
-    logits: Tensor, targets: Tensor, candidates: Tensor | None, signal: RowSignal
+    logits: Tensor,
+    targets: Tensor,
+    candidates: Tensor | None,
+    signal: RowSignal,
+    shard: VocabShard | None = None,
 ) -> dict[str, Tensor]:
     """Signals of one chunk of float32 logits [n, V], which are overwritten.
 
     With z = (logits − max) / temperature: log-probability z − log Σ eᶻ, entropy log Σ eᶻ − Σ eᶻ z / Σ eᶻ.
+    With a `shard`, logits are this rank's columns, ids stay global, and every rank gets the same scores.
     """
-    centred = logits.sub_(logits.amax(dim=-1, keepdim=True))
-    if signal.temperature != 1.0:  # after centring: large logits would lose their last digits
-        centred.div_(signal.temperature)
-    weights = centred.exp()
-    total = weights.sum(dim=-1)
-    log_total = total.log()
-    scores = {"sampled": centred.gather(1, targets[:, None])[:, 0] - log_total}
-    valid = torch.isfinite(scores["sampled"])
-    if signal.top_k:
-        top = centred.topk(signal.top_k, dim=-1)
-        scores["top_logprobs"] = top.values - log_total[:, None]
-        scores["top_ids"] = top.indices.to(torch.int32)
+    wanted = targets[:, None] if candidates is None else torch.cat([targets[:, None], candidates], dim=1)
+    sums = _reduce(logits, wanted, signal, shard)
+    if shard is not None:
+        sums = _combine(sums, shard, signal)
+
+    def logprobs(chosen: Tensor) -> Tensor:
+        # Centred before dividing: large logits would lose their last digits otherwise.
+        return (chosen - sums.largest[:, None]) / signal.temperature - sums.total.log()[:, None]
+
+    chosen = logprobs(sums.chosen)
+    valid = (torch.isfinite(chosen) | (wanted == PAD_ID)).all(-1)
+    scores = {"sampled": chosen[:, 0]}
+    if sums.top_ids is not None and sums.top_logits is not None:
+        scores["top_ids"], scores["top_logprobs"] = sums.top_ids, logprobs(sums.top_logits)
         valid &= torch.isfinite(scores["top_logprobs"]).all(-1)
     if candidates is not None:
-        found = centred.gather(1, candidates.clamp(min=0)) - log_total[:, None]
-        pads = candidates == PAD_ID
-        valid &= (torch.isfinite(found) | pads).all(-1)
-        scores["candidates"] = found.masked_fill(pads, torch.nan)
-    if signal.entropy:
-        # A logit of −inf has no weight; bounded, it contributes 0 instead of 0 · inf.
-        mean = torch.linalg.vecdot(weights, centred.clamp_(min=-1e30)) / total
-        scores["entropy"] = log_total - mean
+        scores["candidates"] = chosen[:, 1:].masked_fill(candidates == PAD_ID, torch.nan)
+    if sums.moment is not None:
+        scores["entropy"] = sums.total.log() - sums.moment / sums.total
         valid &= torch.isfinite(scores["entropy"])
     return {**_blank(scores, valid), "valid": valid}
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """What rows of logits come down to; of the columns of one rank, or of the whole vocabulary."""
+
+    largest: Tensor  # [n] largest logit
+    total: Tensor  # [n] Σ eᶻ, z = (logit − largest) / temperature
+    moment: Tensor | None  # [n] Σ eᶻ z; None unless entropy is asked
+    chosen: Tensor  # [n, 1 + C] logits of the target and the candidates; −inf for an id of another rank
+    top_logits: Tensor | None  # [n, K] or fewer, where this rank has fewer columns
+    top_ids: Tensor | None  # like top_logits, int32
+
+
+def _reduce(logits: Tensor, wanted: Tensor, signal: RowSignal, shard: VocabShard | None) -> _Sums:
+    """Of all columns at hand, which are overwritten."""
+    top_logits = top_ids = moment = None
+    if shard is None:
+        chosen = logits.gather(1, wanted.clamp(min=0))
+    else:
+        if not logits.shape[1]:  # a rank that holds nothing but padding of the vocabulary
+            logits = logits.new_full((logits.shape[0], 1), -torch.inf)
+        place = wanted - shard.start
+        elsewhere = (place < 0) | (place >= logits.shape[1])
+        chosen = logits.gather(1, place.masked_fill(elsewhere, 0)).masked_fill(elsewhere, -torch.inf)
+    if signal.top_k:
+        k = signal.top_k if shard is None else min(signal.top_k, logits.shape[1])
+        top_logits, top_ids = logits.topk(k, dim=-1)
+        top_ids = (top_ids + (0 if shard is None else shard.start)).to(torch.int32)
+    largest = logits.amax(dim=-1)
+    # Relative to 0 where no logit is possible at all: −inf − −inf has no value.
+    centre = largest if shard is None else largest.masked_fill(largest == -torch.inf, 0.0)
+    centred = logits.sub_(centre[:, None])
+    if signal.temperature != 1.0:
+        centred.div_(signal.temperature)
+    if signal.entropy:
+        weights = centred.exp()
+        # A logit of −inf has no weight; bounded, it contributes 0 instead of 0 · inf.
+        moment = torch.linalg.vecdot(weights, centred.clamp_(min=-1e30))
+    else:
+        weights = centred.exp_()
+    return _Sums(largest, weights.sum(dim=-1), moment, chosen, top_logits, top_ids)
+
+
+def _combine(own: _Sums, shard: VocabShard, signal: RowSignal) -> _Sums:
+    """Of all ranks: one maximum, one sum and, for top ids, one gather, whatever the logits are.
+
+    A rank's sums are relative to its own largest logit; with z = z' + d, Σ eᶻ = eᵈ Σ eᶻ' and
+    Σ eᶻ z = eᵈ (Σ eᶻ' z' + d Σ eᶻ'). NaN stays in the sums, which every reduction passes on.
+    """
+    both = shard.reduce_max(torch.cat([own.largest[:, None], own.chosen], dim=1))
+    largest, chosen = both[:, 0], both[:, 1:]
+    gap = (own.largest - largest) / signal.temperature
+    # Bounded as in _reduce; a rank without a possible logit has sums of 0, and nothing to rescale.
+    gap = gap.clamp(min=-1e30).masked_fill(own.largest == -torch.inf, 0.0)
+    rescale = gap.exp()
+    parts = [own.total * rescale]
+    if own.moment is not None:
+        parts.append((own.moment + gap * own.total) * rescale)
+    sums = shard.reduce_sum(torch.stack(parts, dim=1))
+    moment = None if own.moment is None else sums[:, 1]
+    if own.top_logits is None or own.top_ids is None:
+        return _Sums(largest, sums[:, 0], moment, chosen, None, None)
+    top_logits, top_ids = _merge(own.top_logits, own.top_ids, signal.top_k, shard)
+    return _Sums(largest, sums[:, 0], moment, chosen, top_logits, top_ids)
+
+
+def _merge(logits: Tensor, ids: Tensor, k: int, shard: VocabShard) -> tuple[Tensor, Tensor]:
+    """The largest k of what the ranks found; logits and ids [n, K] or fewer travel as one tensor."""
+    pads = k - logits.shape[1]
+    logits = torch.nn.functional.pad(logits, (0, pads), value=-torch.inf)
+    # An id below 2²⁴ is exact in float32.
+    packed = torch.cat([logits, torch.nn.functional.pad(ids, (0, pads)).float()], dim=1)
+    found = shard.gather_last(packed).view(logits.shape[0], -1, 2, k)
+    top, place = found[:, :, 0].flatten(1).topk(k, dim=-1)
+    return top, found[:, :, 1].flatten(1).gather(1, place).to(torch.int32)
 
 
 def _blank(scores: dict[str, Tensor], valid: Tensor) -> dict[str, Tensor]:
