@@ -11,9 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from tutelage_client.types import Limits
 
 from services.api.settings import ServiceSettings
+from services.models.vllm_settings import MAX_BATCH_TOKENS, VllmSettings, check_engine
 from services.teacher.engines.fake import FakeSettings
 
-EngineName = Literal["transformers", "fake"]
+EngineName = Literal["transformers", "vllm", "fake"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -53,12 +54,15 @@ class TeacherSettings(BaseModel):
         default="float32", description="type in which logits are computed; model: as the weights"
     )
     device: str = Field(default="auto", description="cpu, cuda, cuda:1, …; auto: a GPU when there is one")
-    max_batch_tokens: int = Field(default=16_384, ge=1, description="tokens of one forward pass")
+    max_batch_tokens: int = Field(
+        default=MAX_BATCH_TOKENS, ge=1, description="tokens of one forward pass; not of engine vllm"
+    )
     deterministic: bool = Field(
         default=False, description="each request in its own forward pass, one torch thread"
     )
     threads: int | None = Field(default=None, ge=1, description="torch threads on the CPU")
     fake: FakeSettings = Field(default_factory=FakeSettings, description="the fake engine's behaviour")
+    vllm: VllmSettings = Field(default_factory=VllmSettings, description="the vLLM engine's arguments")
     limits: LimitSettings = Field(default_factory=LimitSettings)
     service: ServiceSettings = Field(default_factory=ServiceSettings)
     queue_url: str | None = Field(default=None, description="redis://… of the queue to take jobs from")
@@ -78,4 +82,14 @@ class TeacherSettings(BaseModel):
     def _needs_a_model(self) -> TeacherSettings:
         if self.engine != "fake" and not self.model:
             raise ValueError(f"model: got none, engine {self.engine!r} needs a directory or a hub id")
+        return self
+
+    @model_validator(mode="after")
+    def _fits_the_engine(self) -> TeacherSettings:
+        check_engine(self)
+        if self.engine == "vllm" and self.deterministic:
+            raise ValueError(
+                "deterministic: got true; what vLLM computes depends on what it computes beside it, "
+                "engine 'transformers' can score each request alone"
+            )
         return self
