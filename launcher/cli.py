@@ -6,7 +6,7 @@ Bad input ends with one clear line on stderr and exit status 2, never with a tra
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -93,20 +93,28 @@ def rollout(
     name: Annotated[
         str, typer.Option(help="Name of this process, unique among the run's samplers.")
     ] = "sampler-0",
+    engine: Annotated[
+        Literal["transformers", "vllm"] | None,
+        typer.Option(
+            help="What computes, instead of the run file's \\[sampling] engine.", show_default=False
+        ),
+    ] = None,
 ) -> None:
     """Sample responses for a run, as one of its rollout processes.
 
     Takes orders from the run's queue, samples with the policy version that the
     order asks for, and hands the responses to the teachers.
 
-    [bold]Example[/bold]
+    [bold]Examples[/bold]
 
       tutelage rollout run.toml --name sampler-1
+
+      tutelage rollout run.toml --name sampler-2 --engine vllm
     """
     with one_line_errors():
         from student_trainer.config import load_run_config
 
-        config = load_run_config(run_file)
+        config = load_run_config(run_file, sampling_engine=engine)
         from student_trainer.sampler.process import main as sampler
 
         raise typer.Exit(sampler(config, name))

@@ -219,8 +219,11 @@ def parse_run_config(document: dict[str, Any], source: str = "run file") -> RunC
         raise RunFileError(source, describe_errors(RunConfig, error)) from error
 
 
-def load_run_config(path: Path) -> RunConfig:
+def load_run_config(path: Path, *, sampling_engine: str | None = None) -> RunConfig:
     """Read a run file. Relative paths in it are relative to the working directory.
+
+    Args:
+        sampling_engine: takes the place of [sampling] engine.
 
     Raises:
         RunFileError: the file is missing, is not TOML, or says something that cannot be.
@@ -231,4 +234,14 @@ def load_run_config(path: Path) -> RunConfig:
         raise RunFileError(str(path), ["there is no such file"]) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RunFileError(str(path), [f"not a TOML document: {error}"]) from error
+    if sampling_engine is not None:
+        _choose_engine(document, sampling_engine)
     return parse_run_config(document, str(path))
+
+
+def _choose_engine(document: dict[str, Any], engine: str) -> None:
+    sampling = document.setdefault("sampling", {})
+    if isinstance(sampling, dict):
+        sampling["engine"] = engine
+        if engine != "vllm":
+            sampling.pop("vllm", None)

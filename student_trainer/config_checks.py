@@ -20,6 +20,7 @@ def check_sections(config: RunConfig) -> None:
     plan = _check_objective(config)
     _check_reward(config, plan)
     _check_sampler(config)
+    _check_sampling_engine(config)
     _check_evaluation(config)
 
 
@@ -74,6 +75,14 @@ def _check_sampler(config: RunConfig) -> None:
     if entry is None or entry.model is None:
         known = ", ".join(sorted(name for name, t in config.teachers.items() if t.model)) or "none"
         raise ValueError(f"[sampling] sampler: got {sampler!r}, teachers with a model are {known}")
+
+
+def _check_sampling_engine(config: RunConfig) -> None:
+    if config.run.deterministic and config.sampling.engine == "vllm":
+        raise ValueError(
+            '[run] deterministic: got true with [sampling] engine = "vllm", whose logits depend on what is '
+            'computed beside them; use engine = "transformers", or deterministic = false'
+        )
 
 
 def _check_evaluation(config: RunConfig) -> None:

@@ -96,14 +96,32 @@ def load_causal_lm(
     if local and revision is not None:
         raise invalid(f"revision: got {revision!r} for the local directory {directory}; its content decides")
     model = _load_model(path_or_id, _dtype(dtype), revision)
-    model.to(_device(device)).eval()
+    model.to(resolve_device(device)).eval()
     if attention == "packed":
         _install_packing(model)
         check_head(model)
-    resolved = (
-        directory_revision(directory) if local else str(getattr(model.config, "_commit_hash", None) or "")
-    )
-    return LoadedModel(model, _load_tokenizer(path_or_id, revision), resolved, head_of(model).vocab_size)
+    resolved = directory_revision(directory) if local else _commit(model.config)
+    return LoadedModel(model, load_tokenizer(path_or_id, revision), resolved, head_of(model).vocab_size)
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Where a model's files lie on this machine, and which revision they are."""
+
+    directory: Path
+    revision: str
+
+
+def model_files(path_or_id: str | Path, revision: str | None = None) -> ModelFiles:
+    """The files of a local directory, or of a hub model that has been downloaded already."""
+    directory = Path(path_or_id)
+    if directory.is_dir():
+        return ModelFiles(directory, directory_revision(directory))
+    from huggingface_hub import snapshot_download
+    from transformers import AutoConfig
+
+    found = snapshot_download(str(path_or_id), revision=revision, local_files_only=True)
+    return ModelFiles(Path(found), _commit(AutoConfig.from_pretrained(found)) or Path(found).name)
 
 
 def load_weights(model: Any, directory: Path) -> str:
@@ -146,7 +164,8 @@ def _dtype(name: str) -> torch.dtype | Literal["auto"]:
     return DTYPES[name]
 
 
-def _device(name: str) -> torch.device:
+def resolve_device(name: str) -> torch.device:
+    """A torch device by its name; "auto" is CUDA when there is one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -180,7 +199,11 @@ def _load_model(path_or_id: str | Path, dtype: torch.dtype | Literal["auto"], re
     return model
 
 
-def _load_tokenizer(path_or_id: str | Path, revision: str | None) -> Any:
+def _commit(config: Any) -> str:
+    return str(getattr(config, "_commit_hash", None) or "")
+
+
+def load_tokenizer(path_or_id: str | Path, revision: str | None) -> Any:
     """The tokenizer, or None for a local directory without one; anything half there is an error."""
     directory = Path(path_or_id)
     if directory.is_dir() and not any((directory / name).exists() for name in _TOKENIZER_FILES):

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import structlog
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
 from tutelage.v1.teacher_pb2 import Pins
 from tutelage_client.errors import TutelageError, invalid
 from tutelage_client.types import Int32Array
 
 from services.models.fingerprint import tokenizer_fingerprint
-from services.models.load import LoadedModel, load_causal_lm
+from services.models.load import LoadedModel, load_weights
 from student_trainer.config import RunConfig
 from student_trainer.objective.compile import Plan, compile_plan
 from student_trainer.policy_store import PolicyStore, PolicyVersion
 from student_trainer.sampler.data import PromptSource, load_prompts
-from student_trainer.sampler.generate import TransformersGenerator
+from student_trainer.sampler.engines import ModelSource, load_plain, open_generator, self_test
 from student_trainer.sampler.groups import GroupSampler, OtherSampler
-from student_trainer.sampler.policy import StudentPolicy, end_ids
+from student_trainer.sampler.policy import StudentPolicy
 from student_trainer.sampler.prompts import PromptEncoder
-from student_trainer.sampler.verify import check_generator
 
 SELF_TEST_PROMPTS = 3
-
-log = structlog.get_logger(__name__)
 
 
 def build_sampler(config: RunConfig, first: PolicyVersion) -> tuple[StudentPolicy, GroupSampler]:
@@ -30,35 +31,37 @@ def build_sampler(config: RunConfig, first: PolicyVersion) -> tuple[StudentPolic
     Args:
         first: the policy version to start from.
     """
+    with ExitStack() as opened:
+        built = _build(config, first, opened)
+        opened.pop_all()
+    return built
+
+
+def _build(config: RunConfig, first: PolicyVersion, opened: ExitStack) -> tuple[StudentPolicy, GroupSampler]:
     sampling = config.sampling
     plan = compile_plan(
         config.objective, student_temperature=sampling.temperature, teachers=sorted(config.teachers)
     )
-    policy = StudentPolicy(
-        PolicyStore(first.path.parent),
-        first,
-        dtype=config.student.dtype,
-        device=config.student.device,
-        packed=sampling.student_share < 1.0 and plan.student_candidates > 0,
-    )
-    _check_candidates(plan, policy.loaded)
-    tokenizer = policy.loaded.tokenizer
-    encoder = PromptEncoder(tokenizer, config.data)
+    rescores = sampling.student_share < 1.0 and plan.student_candidates > 0
+    source = ModelSource(first.path, None, config.student.dtype, config.student.device)
+    plain = load_plain(sampling, source, stays=rescores)
+    if plain.tokenizer is None:
+        raise invalid(f"student.model: the policy in {first.path} has no tokenizer")
+    _check_candidates(plan, plain)
+    encoder = PromptEncoder(plain.tokenizer, config.data)
     prompts = load_prompts(
         config.data,
         seed=config.run.seed,
         prompt_tokens=lambda examples: [len(prompt.ids) for prompt in encoder.encode(examples)],
     )
     test_prompts = _test_prompts(prompts, encoder)
-    student = _generator(config, policy.loaded, config.student.model)
-    difference = check_generator(
-        student,
-        policy.model,
-        test_prompts,
-        temperature=sampling.temperature,
-        max_new_tokens=sampling.max_new_tokens,
-    )
-    log.info("self-test passed", policy_version=policy.version, largest_difference=difference)
+    student = open_generator(sampling, source, plain, candidates=plan.student_candidates)
+    opened.callback(student.close)
+    self_test(student, sampling, source, plain, test_prompts, stays=rescores)
+    other = _other_sampler(config, plain, test_prompts, opened)
+    load: list[Callable[[Path], object]] = [student.load_weights]
+    if rescores and sampling.engine == "vllm":
+        load.append(partial(load_weights, plain.model))
     sampler = GroupSampler(
         run=config.run.name,
         seed=config.run.seed,
@@ -66,51 +69,40 @@ def build_sampler(config: RunConfig, first: PolicyVersion) -> tuple[StudentPolic
         plan=plan,
         prompts=prompts,
         encoder=encoder,
-        tokenizer=tokenizer,
+        tokenizer=plain.tokenizer,
         student=student,
-        student_model=policy.model,
-        pins=_pins(config, tokenizer_fingerprint(tokenizer)),
-        other=_other_sampler(config, policy.loaded, test_prompts),
+        student_model=plain.model if rescores else None,
+        pins=_pins(config, tokenizer_fingerprint(plain.tokenizer)),
+        other=other,
     )
-    return policy, sampler
-
-
-def _generator(config: RunConfig, loaded: LoadedModel, path: str) -> TransformersGenerator:
-    return TransformersGenerator(
-        loaded.model, end_ids=end_ids(loaded, path), batch_size=config.sampling.batch_size
-    )
+    return StudentPolicy(PolicyStore(first.path.parent), first, load), sampler
 
 
 def _other_sampler(
-    config: RunConfig, student: LoadedModel, test_prompts: list[Int32Array]
+    config: RunConfig, student: LoadedModel, test_prompts: list[Int32Array], opened: ExitStack
 ) -> OtherSampler | None:
     """The model that [sampling] sampler names, unless it is the student."""
     sampling = config.sampling
     if sampling.sampler == "student":
         return None
-    path, revision, dtype, device = sampling.sampler, None, config.student.dtype, config.student.device
+    source = ModelSource(sampling.sampler, None, config.student.dtype, config.student.device)
     kind, _, name = sampling.sampler.partition(":")
     if kind == "teacher" and name:
         entry = config.teachers[name]
         if entry.model is None:
             raise invalid(f"sampling.sampler: teacher {name!r} has no model to sample from")
-        path, revision, dtype = entry.model, entry.revision, entry.dtype
-    loaded = load_causal_lm(path, dtype=dtype, device=device, revision=revision, attention="plain")
-    theirs, ours = tokenizer_fingerprint(loaded.tokenizer), tokenizer_fingerprint(student.tokenizer)
-    if theirs != ours or loaded.vocab_size > student.vocab_size:
+        source = ModelSource(entry.model, entry.revision, entry.dtype, config.student.device)
+    plain = load_plain(sampling, source, stays=False)
+    theirs, ours = tokenizer_fingerprint(plain.tokenizer), tokenizer_fingerprint(student.tokenizer)
+    if theirs != ours or plain.vocab_size > student.vocab_size:
         raise TutelageError(
             "FAILED_PRECONDITION",
-            f"sampling.sampler: {path} has tokenizer {theirs[:12] or 'none'} and {loaded.vocab_size} rows, "
-            f"the student {ours[:12]} and {student.vocab_size}; its responses would be other tokens",
+            f"sampling.sampler: {source.path} has tokenizer {theirs[:12] or 'none'} and {plain.vocab_size} "
+            f"rows, the student {ours[:12]} and {student.vocab_size}; its responses would be other tokens",
         )
-    generator = _generator(config, loaded, path)
-    check_generator(
-        generator,
-        loaded.model,
-        test_prompts,
-        temperature=sampling.temperature,
-        max_new_tokens=sampling.max_new_tokens,
-    )
+    generator = open_generator(sampling, source, plain, candidates=0)
+    opened.callback(generator.close)
+    self_test(generator, sampling, source, plain, test_prompts, stays=False)
     return OtherSampler(sampling.sampler, generator)
 
 

@@ -10,6 +10,7 @@ import inspect
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor
 from tutelage_client.errors import invalid
 from tutelage_client.types import Int32Array
 
+from services.models.load import load_weights
 from student_trainer.sampler.choose import Choice, choose
 from student_trainer.sampler.uniforms import uniforms
 
@@ -51,7 +53,7 @@ class GenerationInterruptedError(Exception):
 
 
 class Generator(Protocol):
-    """Whatever samples responses: transformers here, an inference engine later."""
+    """Whatever samples responses: transformers here, vLLM in vllm_generate."""
 
     def generate(
         self, rows: Sequence[Row], *, seed: int, temperature: float, max_new_tokens: int, candidates: int = 0
@@ -59,7 +61,8 @@ class Generator(Protocol):
         """One response per row, in order.
 
         A row's random numbers depend on (seed, group, sample, step) only, never on the batch.
-        Raises GenerationInterruptedError soon after `interrupt` was called.
+        Log-probabilities are those at the sampling temperature, and at 1 where 0 takes the most
+        probable token. Raises GenerationInterruptedError soon after `interrupt` was called.
         """
         ...
 
@@ -67,12 +70,23 @@ class Generator(Protocol):
         """End the running call of `generate` and every later one; called from another thread."""
         ...
 
+    def load_weights(self, directory: Path) -> None:
+        """Sample from this export of the same architecture from now on; not during `generate`.
+
+        After an error the weights may be a mixture, until another call succeeds.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release what is held; the last call."""
+        ...
+
 
 class TransformersGenerator:
     """Samples from a Hugging Face causal LM, `batch_size` rows at a time.
 
     Args:
-        model: the model; its weights may be replaced between calls of `generate`.
+        model: the model, as services.models.load makes it.
         end_ids: tokens that end a response.
         batch_size: rows generated at once.
     """
@@ -111,6 +125,12 @@ class TransformersGenerator:
 
     def interrupt(self) -> None:
         self._interrupted.set()
+
+    def load_weights(self, directory: Path) -> None:
+        load_weights(self.model, directory)
+
+    def close(self) -> None:
+        """Nothing to do: the model goes with its last reference."""
 
     def _check_length(self, row: Row, max_new_tokens: int) -> None:
         prompt, limit = len(row.prompt_ids), self._max_positions

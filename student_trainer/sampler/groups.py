@@ -51,7 +51,8 @@ class GroupSampler:
 
     Args:
         pins: per teacher name, conditions sent with its requests.
-        student_model: the student behind `student`; asked for candidates when `other` samples.
+        student_model: the student for packed forwards, needed when `other` samples and the plan asks
+            for the student's candidates.
     """
 
     def __init__(
@@ -118,6 +119,12 @@ class GroupSampler:
         self.student.interrupt()
         if self._other is not None:
             self._other.generator.interrupt()
+
+    def close(self) -> None:
+        """Release what the generators hold; the last call."""
+        self.student.close()
+        if self._other is not None:
+            self._other.generator.close()
 
     def texts(self, responses: Sequence[Response]) -> list[str]:
         """The responses without special tokens."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import structlog
 from tutelage.v1.rollout_pb2 import SampleOrder
 from tutelage_client.errors import TutelageError, invalid
 
-from services.models.load import LoadedModel, load_causal_lm, load_weights
+from services.models.load import LoadedModel
 from student_trainer.lineage import Lineage
 from student_trainer.policy_store import PolicyStore, PolicyVersion
 
@@ -17,36 +17,35 @@ log = structlog.get_logger(__name__)
 
 
 class StudentPolicy:
-    """A model that follows the policy store.
+    """Makes the models of a sampler follow the policy store.
 
     Args:
-        packed: also answer packed forwards (needed to rescore what another model sampled).
+        first: the version that they hold now.
+        load: replaces one model's weights by those of a directory; called in this order.
     """
 
     def __init__(
-        self, store: PolicyStore, first: PolicyVersion, *, dtype: str, device: str, packed: bool
+        self, store: PolicyStore, first: PolicyVersion, load: Sequence[Callable[[Path], object]]
     ) -> None:
         self._store = store
-        self._loaded = first
-        self.loaded: LoadedModel = load_causal_lm(
-            first.path, dtype=dtype, device=device, attention="packed" if packed else "plain"
-        )
-        if self.loaded.tokenizer is None:
-            raise invalid(f"student.model: the policy in {first.path} has no tokenizer")
-
-    @property
-    def model(self) -> Any:
-        return self.loaded.model
+        self._load = tuple(load)
+        self._loaded: PolicyVersion | None = first  # None: an attempt to load ended half-way
 
     @property
     def version(self) -> int:
-        """The version whose weights are loaded."""
-        return self._loaded.version
+        """The version whose weights are loaded, once `ready` said so."""
+        return self._held.version
 
     @property
     def lineage(self) -> Lineage:
         """How the loaded weights came to be."""
-        return self._loaded.lineage
+        return self._held.lineage
+
+    @property
+    def _held(self) -> PolicyVersion:
+        if self._loaded is None:
+            raise TutelageError("INTERNAL", "no policy version is loaded as a whole")
+        return self._loaded
 
     def ready(self, order: SampleOrder) -> bool:
         """Load what `order` asks for: exactly its version, else the newest that is not older.
@@ -60,17 +59,20 @@ class StudentPolicy:
         wanted = find_version(self._store, order)
         if wanted is None:
             return False
-        if wanted.stamp != self._loaded.stamp:
-            if not self._load(wanted):
+        if self._loaded is None or wanted.stamp != self._loaded.stamp:
+            self._loaded = None
+            if not self._load_whole(wanted):
                 return False
             self._loaded = wanted
         return True
 
-    def _load(self, wanted: PolicyVersion) -> bool:
+    def _load_whole(self, wanted: PolicyVersion) -> bool:
         try:
-            load_weights(self.model, wanted.path)
-        except (TutelageError, OSError):
-            # Deleted or replaced while it was read: look again. Anything else is an error.
+            for load in self._load:
+                load(wanted.path)
+        except Exception:
+            # Deleted or replaced while it was read, which every library puts in errors of its own:
+            # look again. Anything else is an error.
             if self._store.get(wanted.version) == wanted:
                 raise
             log.info("policy version replaced while loading", version=wanted.version)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
+from contextlib import closing
 from dataclasses import asdict, dataclass
 
 import structlog
@@ -56,17 +57,18 @@ async def _serve(config: RunConfig, name: str) -> None:
             if built is None:
                 return
             policy, sampler = built
-            async with queue.orders(config.run.name, name) as worker:
-                service = OrderService(
-                    config=config,
-                    name=name,
-                    queue=queue,
-                    worker=worker,
-                    policy=policy,
-                    sampler=sampler,
-                    stop=stop,
-                )
-                await service.serve()
+            with closing(sampler):
+                async with queue.orders(config.run.name, name) as worker:
+                    service = OrderService(
+                        config=config,
+                        name=name,
+                        queue=queue,
+                        worker=worker,
+                        policy=policy,
+                        sampler=sampler,
+                        stop=stop,
+                    )
+                    await service.serve()
     log.info("sampler drained", name=name)
 
 
@@ -76,8 +78,9 @@ async def _build(config: RunConfig, stop: asyncio.Event) -> tuple[StudentPolicy,
     while (first := await _first_policy(store, stop)) is not None:
         try:
             return await asyncio.to_thread(build_sampler, config, first)
-        except (TutelageError, OSError):
-            # A resuming trainer may have deleted the version while it was read. Anything else is an error.
+        except Exception:
+            # A resuming trainer may have deleted the version while it was read, which every library
+            # puts in errors of its own. Anything else is an error.
             if store.get(first.version) == first:
                 raise
             log.info("policy version replaced while loading", version=first.version)

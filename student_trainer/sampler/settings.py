@@ -10,6 +10,11 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from services.models.vllm_settings import VllmSettings
+
+# What vLLM samples at; below the least it would silently take that, above the largest it refuses.
+VLLM_TEMPERATURES = (0.01, 2.0)
+
 
 class DataSettings(BaseModel):
     """Where prompts come from, how they become token ids, and how answers are checked.
@@ -78,7 +83,16 @@ class SamplingSettings(BaseModel):
     )
     temperature: float = Field(default=1.0, gt=0.0, le=10.0, description="sampling temperature")
     max_new_tokens: int = Field(default=512, ge=1, description="token limit of a response")
-    batch_size: int = Field(default=128, ge=1, description="rows generated at once")
+    batch_size: int = Field(default=128, ge=1, description="responses generated at once")
+    engine: Literal["transformers", "vllm"] = Field(
+        default="transformers",
+        description='what computes while sampling: "vllm" is faster, and computes on what it was built for '
+        "(CUDA_VISIBLE_DEVICES says which GPUs it sees)",
+    )
+    vllm: VllmSettings = Field(
+        default_factory=VllmSettings,
+        description="how vLLM samples; for each of two engines where another model samples",
+    )
     sampler: str = Field(
         default="student",
         description='who samples: "student", "teacher:NAME" of this run file, or a model path or hub id',
@@ -100,6 +114,26 @@ class SamplingSettings(BaseModel):
             raise ValueError(
                 f'sampling.student_fraction: got {self.student_fraction} with sampler = "student"; '
                 "name the other model in sampling.sampler, or leave student_fraction out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _fits_the_engine(self) -> Self:
+        if self.engine != "vllm":
+            if self.vllm != VllmSettings():
+                given = ", ".join(sorted(self.vllm.model_dump(exclude_defaults=True)))
+                raise ValueError(f'sampling.vllm: got {given} with engine = "{self.engine}"')
+            return self
+        least, most = VLLM_TEMPERATURES
+        if not least <= self.temperature <= most:
+            raise ValueError(
+                f'sampling.temperature: got {self.temperature} with engine = "vllm", '
+                f"which samples from {least} to {most}"
+            )
+        if self.vllm.implementation != "pooling":
+            raise ValueError(
+                f'sampling.vllm.implementation: got "{self.vllm.implementation}"; '
+                "it says how a teacher scores, leave it out"
             )
         return self
 

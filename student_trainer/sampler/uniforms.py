@@ -14,7 +14,15 @@ def uniforms(seed: int, group: int, sample: int, count: int) -> npt.NDArray[np.f
     Philox 4x64 (Salmon et al. 2011) keyed by (seed, group), with the sample index in the highest
     word of its counter: streams never overlap, and step t's number does not depend on `count`.
     """
+    return np.random.Generator(_stream(seed, group, sample)).random(count)
+
+
+def stream_seed(seed: int, group: int, sample: int) -> int:
+    """A seed in [0, 2⁶³) for a generator of somebody else's, one for each rollout."""
+    return int(_stream(seed, group, sample).random_raw()) >> 1
+
+
+def _stream(seed: int, group: int, sample: int) -> np.random.Philox:
     key = np.array([seed & _WORD, group & _WORD], dtype=np.uint64)
     counter = np.array([0, 0, 0, sample & _WORD], dtype=np.uint64)
-    stream = np.random.Philox(key=key, counter=counter)
-    return np.random.Generator(stream).random(count)
+    return np.random.Philox(key=key, counter=counter)

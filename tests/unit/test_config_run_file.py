@@ -122,6 +122,41 @@ def test_sections_that_disagree_are_refused(tmp_path: Path, old: str, new: str, 
     assert any(expected in p for p in problems(tmp_path, text)), problems(tmp_path, text)
 
 
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        (
+            "[run]\ndeterministic = true\n[sampling]\nengine = 'vllm'",
+            "[run] deterministic: got true with [sampling]",
+        ),
+        ("[sampling]\nengine = 'vllm'\ntemperature = 3.0", "from 0.01 to 2.0"),
+        ("[sampling]\nengine = 'vllm'\ntemperature = 0.001", "sampling.temperature: got 0.001"),
+        ("[sampling]\nengine = 'vllm'\n[sampling.vllm]\nimplementation = 'stock'", "how a teacher scores"),
+        ("[sampling]\nengine = 'vllm'\n[sampling.vllm]\nmax_num_seq = 3", "nearest key is 'max_num_seqs'"),
+        ("[sampling]\n[sampling.vllm]\nmax_num_seqs = 3", 'got max_num_seqs with engine = "transformers"'),
+        ("[sampling]\nengine = 'vlm'", "'vllm'"),
+    ],
+)
+def test_what_vllm_cannot_sample_is_refused_by_name(tmp_path: Path, sections: str, expected: str) -> None:
+    found = problems(tmp_path, f"{MINIMAL}\n{sections}\n")
+    assert any(expected in problem for problem in found), found
+
+
+def test_the_command_line_chooses_another_sampling_engine(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(MINIMAL)
+    assert load_run_config(path, sampling_engine="vllm").sampling.engine == "vllm"
+    path.write_text(f"{MINIMAL}\n[sampling]\nengine = 'vllm'\n[sampling.vllm]\nmax_num_seqs = 3\n")
+    assert load_run_config(path).sampling.vllm.max_num_seqs == 3
+    assert load_run_config(path, sampling_engine="transformers").sampling.engine == "transformers"
+    path.write_text(f"{MINIMAL}\n[run]\ndeterministic = true\n")
+    with pytest.raises(RunFileError, match="deterministic"):
+        load_run_config(path, sampling_engine="vllm")
+    path.write_text("sampling = 3\n")
+    with pytest.raises(RunFileError, match="sampling"):
+        load_run_config(path, sampling_engine="vllm")
+
+
 def test_reward_alone_needs_no_teacher(tmp_path: Path) -> None:
     text = MINIMAL.replace('[teachers.large]\nmodel = "models/teacher"', "[sampling]\nsamples_per_prompt = 4")
     assert load(tmp_path, text.replace("thinking-machines", "grpo")).teachers == {}

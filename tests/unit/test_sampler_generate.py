@@ -23,7 +23,7 @@ from tutelage_client.errors import TutelageError
 
 from student_trainer.sampler.choose import choose
 from student_trainer.sampler.generate import GenerationInterruptedError, Response, Row, TransformersGenerator
-from student_trainer.sampler.uniforms import uniforms
+from student_trainer.sampler.uniforms import stream_seed, uniforms
 from student_trainer.sampler.verify import check_generator, plain_logprobs
 
 VOCABULARY = 37
@@ -222,6 +222,8 @@ def test_uniforms_belong_to_seed_group_sample_and_step() -> None:
     np.testing.assert_array_equal(uniforms(1, 2, 3, 4), reference[:4])
     for other in [(2, 2, 3), (1, 3, 3), (1, 2, 4), (1, -2, 3), (1, 2, -3)]:
         assert not np.isin(uniforms(*other, 8), reference).any()
+        assert stream_seed(*other) != stream_seed(1, 2, 3) == stream_seed(1, 2, 3)
+    assert all(0 <= stream_seed(0, group, 0) < 2**63 for group in range(-500, 500))
     many = np.concatenate([uniforms(0, group, 0, 4) for group in range(5_000)])
     assert abs(many.mean() - 0.5) < 0.01
     assert 0.0 <= many.min() <= many.max() < 1.0
