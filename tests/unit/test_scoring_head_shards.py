@@ -75,7 +75,11 @@ def score_sharded(
 
     def run(rank: int) -> Scores:
         own = logits[:, starts[rank] : starts[rank + 1]].clone()
-        return score_logits(own, targets, candidates, signal, shards[rank])
+        try:
+            return score_logits(own, targets, candidates, signal, shards[rank])
+        except BaseException:
+            ranks.barrier.abort()  # the others would wait for a rank that is gone
+            raise
 
     with ThreadPoolExecutor(len(widths)) as pool:
         results = list(pool.map(run, range(len(widths))))

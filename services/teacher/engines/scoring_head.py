@@ -186,8 +186,7 @@ def _combine(own: _Sums, shard: VocabShard, signal: RowSignal) -> _Sums:
     both = shard.reduce_max(torch.cat([own.largest[:, None], own.chosen], dim=1))
     largest, chosen = both[:, 0], both[:, 1:]
     gap = (own.largest - largest) / signal.temperature
-    # Bounded as in _reduce; a rank without a possible logit has sums of 0, and nothing to rescale.
-    gap = gap.clamp(min=-1e30).masked_fill(own.largest == -torch.inf, 0.0)
+    gap = gap.clamp(min=-1e30)  # as in _reduce; a rank without a possible token has sums of 0
     rescale = gap.exp()
     parts = [own.total * rescale]
     if own.moment is not None:
