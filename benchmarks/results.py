@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 LATEST = Path(__file__).parent / "results" / "latest.jsonl"
@@ -19,6 +19,7 @@ def record(
     peer: float | None = None,
     peer_name: str | None = None,
     runs: Sequence[object] = (),
+    extra: Mapping[str, object] | None = None,
     path: Path = LATEST,
 ) -> None:
     """Write one figure, replacing an earlier one of the same name.
@@ -30,8 +31,9 @@ def record(
         ours, peer: what the ratio was made of, both in the same unit.
         peer_name: what we were compared with.
         runs: the single measurements behind ours and peer.
+        extra: what else a reader of the figure should know; no key in the line without it.
     """
-    figure = {
+    figure: dict[str, object] = {
         "name": name,
         "value": value,
         "unit": unit,
@@ -40,6 +42,8 @@ def record(
         "peer_name": peer_name,
         "runs": list(runs),
     }
+    if extra is not None:
+        figure["extra"] = dict(extra)
     earlier = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     kept = [line for line in earlier if line.strip() and json.loads(line)["name"] != name]
     path.parent.mkdir(parents=True, exist_ok=True)

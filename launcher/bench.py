@@ -24,7 +24,8 @@ def run_benchmarks(names: Sequence[str]) -> int:
     """
     if not (DIRECTORY / "results.py").is_file():
         raise FileNotFoundError("there is no benchmarks/ here; run this in a clone of the repository")
-    known = sorted(path.stem for path in DIRECTORY.glob("*.py") if path.stem not in NOT_BENCHMARKS)
+    modules = {path.stem for path in DIRECTORY.glob("*.py")} - NOT_BENCHMARKS
+    known = sorted(modules | {path.parent.name for path in DIRECTORY.glob("*/__main__.py")})
     for name in names:
         if name not in known:
             raise invalid(f"benchmark: got {name!r}, there are {', '.join(known)}")

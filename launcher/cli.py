@@ -238,7 +238,7 @@ def bench(
         list[str] | None, typer.Argument(metavar="[NAME]...", help="Which figures; all when none is named.")
     ] = None,
 ) -> None:
-    """Measure this machine: our loss and wire side by side with their peers.
+    """Measure this machine: our scoring, loss and wire side by side with their peers.
 
     Prints a table and writes benchmarks/results/latest.jsonl. Needs a clone of the
     repository as the working directory.
