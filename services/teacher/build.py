@@ -13,9 +13,21 @@ def build_engine(settings: TeacherSettings) -> Engine:
         from services.teacher.engines.fake import FakeEngine
 
         return FakeEngine(settings.fake, name=settings.name, limits=limits)
+    assert settings.model is not None  # TeacherSettings has checked it
+    if settings.engine == "vllm":
+        from services.teacher.engines.vllm.engine import VllmEngine
+
+        return VllmEngine(
+            settings.model,
+            name=settings.name,
+            dtype=settings.dtype,
+            revision=settings.revision,
+            head_dtype=settings.head_dtype,
+            settings=settings.vllm,
+            limits=limits,
+        )
     from services.teacher.engines.transformers import TransformersEngine
 
-    assert settings.model is not None  # TeacherSettings has checked it
     return TransformersEngine(
         settings.model,
         name=settings.name,

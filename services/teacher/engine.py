@@ -42,6 +42,10 @@ class Engine(Scorer, Protocol):
         """Replace the weights between batches; later answers carry `weights_version`."""
         ...
 
+    async def ended(self) -> None:
+        """Return when the engine will answer nothing any more: it was closed, or is beyond recovery."""
+        ...
+
     async def close(self) -> None:
         """Finish nothing, release everything."""
         ...

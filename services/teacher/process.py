@@ -118,14 +118,20 @@ class Replica:
         return True
 
     async def _serve(self) -> int:
-        """Until a signal, or until the connection to the queue ends in an error."""
+        """Until a signal, until the engine is lost, or until the connection to the queue ends in an error."""
+        lost = asyncio.create_task(self._engine.ended())
         async with contextlib.AsyncExitStack() as stack:
             pulling: asyncio.Task[None] | None = None
             if self._settings.queue_url is not None:
                 pulling = asyncio.create_task(self._pull(stack, self._settings.queue_url))
-            await self._until_stopped_or(*([pulling] if pulling else []))
-            failed = pulling is not None and pulling.done()
+            await self._until_stopped_or(lost, *([pulling] if pulling else []))
+            if lost.done():
+                _log.error("engine_lost", hint="another start loads the model anew")
+            failed = lost.done() or (pulling is not None and pulling.done())
             drained = await self._drain(pulling)
+            if lost.done():
+                return EXIT_FAILED
+            lost.cancel()
             if failed and pulling is not None and (error := pulling.exception()) is not None:
                 _log.error("queue_failed", error=str(error))
                 return exit_status(error)

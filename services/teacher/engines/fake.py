@@ -106,6 +106,7 @@ class FakeEngine:
         )
         self._requests = 0
         self._turn = asyncio.Lock()
+        self._closed = asyncio.Event()
         self._busy_until = 0.0
         self._build_tables()
 
@@ -125,8 +126,11 @@ class FakeEngine:
         self._identity = replace(self._identity, weights_version=weights_version)
         self._build_tables()
 
+    async def ended(self) -> None:
+        await self._closed.wait()
+
     async def close(self) -> None:
-        return
+        self._closed.set()
 
     async def score(self, request: ScoreRequest) -> Score:
         self._requests += 1

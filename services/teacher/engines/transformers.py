@@ -81,6 +81,7 @@ class TransformersEngine:
         self._limits = limits or Limits()
         self._line = WaitingLine(max_batch_tokens, alone=deterministic)
         self._thread: threading.Thread | None = None
+        self._ended: Answer[None] | None = None
         self._scorer: PackedScorer | None = None
         self._identity: Identity | None = None
         self.counters = Counters()
@@ -103,7 +104,10 @@ class TransformersEngine:
 
     async def start(self) -> None:
         ready: Answer[None] = Answer()
-        self._thread = threading.Thread(target=self._live, args=(ready,), name="compute", daemon=True)
+        self._ended = Answer()
+        self._thread = threading.Thread(
+            target=self._live, args=(ready, self._ended), name="compute", daemon=True
+        )
         self._thread.start()
         await ready.future
 
@@ -120,6 +124,11 @@ class TransformersEngine:
         self._line.submit_control(Control(lambda: self._swap(path, weights_version), answer))
         await answer.future
 
+    async def ended(self) -> None:
+        """Return when the compute thread has ended, after which nothing is answered."""
+        assert self._ended is not None
+        await asyncio.shield(self._ended.future)
+
     async def close(self) -> None:
         """Take no more work and wait a moment for the compute thread.
 
@@ -135,7 +144,7 @@ class TransformersEngine:
 
     # From here on: the compute thread.
 
-    def _live(self, ready: Answer[None]) -> None:
+    def _live(self, ready: Answer[None], ended: Answer[None]) -> None:
         if self._threads is not None:
             torch.set_num_threads(self._threads)
         try:
@@ -148,6 +157,7 @@ class TransformersEngine:
                     self._outlive(work)
         finally:
             self._line.close()  # however this thread ends, nobody waits for it
+            ended.resolve(None)
 
     def _outlive(self, batch: list[Unit]) -> None:
         """Run a batch; whatever goes wrong, its callers hear of it and the thread goes on."""

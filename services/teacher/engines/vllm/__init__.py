@@ -1,0 +1,1 @@
+"""The vLLM engine: a causal LM served as a pooling model whose answers are scores."""

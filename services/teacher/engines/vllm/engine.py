@@ -1,0 +1,159 @@
+"""The vLLM engine: continuous batching, shared prefixes, tensor parallel; scores in one pass."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import structlog
+from tutelage_client.errors import TutelageError
+from tutelage_client.types import Identity, Limits, Score, ScoreRequest
+
+from services.models.fingerprint import directory_revision, tokenizer_fingerprint
+from services.models.load import load_tokenizer, model_files
+from services.models.vllm_adapter import Residue, StepEngine
+from services.models.vllm_settings import VllmSettings
+from services.models.weights import check_same_tensors
+from services.teacher.engines.batching import Answer, Control
+from services.teacher.engines.vllm.pooled import Pooled
+from services.teacher.engines.vllm.stock import Stock
+from services.teacher.engines.vllm.thread import Counters, EngineThread, Job
+
+CLOSE_SECONDS = 5.0
+
+log = structlog.get_logger(__name__)
+
+
+class VllmEngine:
+    """An Engine over one vLLM engine in this process.
+
+    Args:
+        model: local directory or hub id.
+        name: the teacher name of its identity.
+        dtype: float32, bfloat16, float16 or "auto" (as saved).
+        head_dtype: type in which logits are computed; "model" is the model's own.
+        settings: everything else that vLLM is told.
+        limits: narrowed to what the model and the way of scoring can do.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        name: str = "teacher",
+        dtype: str = "auto",
+        revision: str | None = None,
+        head_dtype: str = "float32",
+        settings: VllmSettings | None = None,
+        limits: Limits | None = None,
+    ) -> None:
+        self._model = str(model)
+        self._name = name
+        self._dtype = dtype
+        self._revision = revision
+        self._head_dtype = head_dtype
+        self._settings = settings or VllmSettings()
+        self._limits = limits or Limits()
+        self._scoring: Pooled | Stock = Stock() if self._settings.implementation == "stock" else Pooled()
+        self._line = EngineThread(self._open, self._scoring, lambda: self.identity)
+        self._thread: threading.Thread | None = None
+        self._ended: Answer[None] | None = None
+        self._engine: StepEngine | None = None
+        self._directory: Path | None = None
+        self._identity: Identity | None = None
+
+    @property
+    def identity(self) -> Identity:
+        """What scores now; raises UNAVAILABLE before `start` has returned."""
+        if self._identity is None:
+            raise TutelageError("UNAVAILABLE", "engine: the model is not loaded", retry_after=1.0)
+        return self._identity
+
+    @property
+    def limits(self) -> Limits:
+        return self._limits
+
+    @property
+    def counters(self) -> Counters:
+        return self._line.counters
+
+    async def start(self) -> None:
+        ready: Answer[None] = Answer()
+        self._ended = Answer()
+        self._thread = self._line.start(ready, self._ended)
+        await ready.future
+
+    async def score(self, request: ScoreRequest) -> Score:
+        if not request.sequences:
+            return Score((), self.identity, request_id=request.request_id)
+        job = Job(request, Answer())
+        self._line.submit(job)
+        return await job.answer.future
+
+    async def load_weights(self, path: Path, weights_version: int) -> None:
+        """Swap weights when no request is under way; raises TutelageError and keeps the old ones."""
+        answer: Answer[None] = Answer()
+        self._line.submit_control(Control(lambda: self._swap(path, weights_version), answer))
+        await answer.future
+
+    async def ended(self) -> None:
+        """Return when nothing will be answered any more: closed, or beyond recovery."""
+        assert self._ended is not None
+        await asyncio.shield(self._ended.future)
+
+    async def close(self) -> None:
+        """Take no more work and wait a moment for the thread; a step cannot be interrupted."""
+        self._line.close()
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join, CLOSE_SECONDS)
+
+    async def residue(self) -> Residue:
+        """What vLLM still holds for requests; waits until none is under way."""
+        found: list[Residue] = []
+        answer: Answer[None] = Answer()
+        engine = self._engine
+        assert engine is not None
+        self._line.submit_control(Control(lambda: found.append(engine.residue()), answer))
+        await answer.future
+        return found[0]
+
+    # From here on: the engine's thread.
+
+    def _open(self) -> StepEngine:
+        scoring = self._scoring
+        engine = StepEngine(
+            self._model,
+            purpose=scoring.purpose,
+            settings=self._settings,
+            dtype=self._dtype,
+            revision=self._revision,
+            head_dtype=self._head_dtype,
+            make_model=scoring.make_model,
+        )
+        facts, files = engine.facts, model_files(self._model, self._revision)
+        self._engine, self._directory = engine, files.directory
+        self._limits = scoring.limits(self._limits, facts)
+        self._identity = Identity(
+            name=self._name,
+            model=self._model,
+            revision=files.revision,
+            weights_version=0,
+            tokenizer_fingerprint=tokenizer_fingerprint(load_tokenizer(self._model, self._revision)),
+            vocab_size=facts.vocab_size,
+            engine=scoring.name,
+            engine_version=facts.version,
+            dtype=facts.dtype,
+            head_dtype=facts.head_dtype,
+        )
+        log.info("vllm_started", **asdict(facts))
+        return engine
+
+    def _swap(self, path: Path, weights_version: int) -> None:
+        assert self._engine is not None and self._directory is not None  # noqa: PT018
+        check_same_tensors(self._directory, path)
+        revision = directory_revision(path)
+        self._engine.load_weights(path)
+        self._identity = replace(self.identity, revision=revision, weights_version=weights_version)
+        log.info("weights_loaded", weights_version=weights_version, revision=revision)

@@ -1,0 +1,352 @@
+"""The thread that owns a vLLM engine: requests in, steps, scores out.
+
+Every sequence of a request is one vLLM request, handed over together with its siblings, so that a
+shared context is computed once. vLLM batches across requests; here is what it leaves to its
+owner: withdrawn work, weights between requests, rows that did not come back, a step that failed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import structlog
+from tutelage_client.errors import TutelageError
+from tutelage_client.types import (
+    Identity,
+    Int32Array,
+    Score,
+    ScoreRequest,
+    Sequence,
+    SequenceScore,
+    Signal,
+    Usage,
+)
+
+from services.models.vllm_adapter import StepEngine
+from services.teacher.engines.batching import Answer, Control
+
+FAILURES = 3  # steps that may fail in a row before the engine is given up
+
+log = structlog.get_logger(__name__)
+
+
+class Scoring(Protocol):
+    """How a sequence becomes a vLLM request and a vLLM output a score: Pooled or Stock."""
+
+    def question(
+        self, context: Int32Array, sequence: Sequence, signal: Signal, *, read_cache: bool
+    ) -> tuple[list[int], Any]: ...
+
+    def answer(self, output: Any, sequence: Sequence, signal: Signal) -> SequenceScore | None: ...
+
+
+@dataclass(eq=False)
+class Job:
+    """A request on its way; after it was submitted the thread alone changes it."""
+
+    request: ScoreRequest
+    answer: Answer[Score]
+    arrived: float = field(default_factory=time.perf_counter)
+    admitted: float = 0.0
+    tokens_computed: int = 0
+    tokens_reused: int = 0
+    compute_seconds: float = 0.0
+    alone: bool = False  # it was in a step that failed, and gets its second chance by itself
+    open: set[str] = field(default_factory=set)
+    scores: dict[int, SequenceScore] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """One sequence inside vLLM."""
+
+    job: Job
+    index: int
+    tokens: int
+    read_cache: bool
+
+
+@dataclass
+class Counters:
+    """What the thread has done since it started."""
+
+    steps: int = 0
+    requests: int = 0
+    positions: int = 0
+    tokens_computed: int = 0
+    tokens_reused: int = 0
+    withdrawn: int = 0
+    rescored: int = 0
+    failed_steps: int = 0
+
+
+class EngineThread:
+    """Runs one StepEngine; `submit`, `submit_control` and `close` may be called from the event loop.
+
+    Args:
+        open_engine: makes the engine, in the thread.
+        scoring: how sequences are asked and answered.
+        identity: what scores now; it only changes inside controls.
+    """
+
+    def __init__(
+        self, open_engine: Callable[[], StepEngine], scoring: Scoring, identity: Callable[[], Identity]
+    ) -> None:
+        self._open_engine = open_engine
+        self._scoring = scoring
+        self._identity = identity
+        self._changed = threading.Condition()
+        self._inbox: deque[Job] = deque()
+        self._controls: deque[Control] = deque()
+        self._closed = False
+        self._units: dict[str, _Unit] = {}
+        self._jobs: dict[Job, None] = {}  # in order of admission
+        self._ids = itertools.count()
+        self._busy_seconds = 0.0
+        self._failures = 0
+        self.counters = Counters()
+
+    def start(self, ready: Answer[None], ended: Answer[None]) -> threading.Thread:
+        """Begin; `ready` is settled when the engine serves or cannot, `ended` when it stops to answer."""
+        thread = threading.Thread(target=self._live, args=(ready, ended), name="vllm", daemon=True)
+        thread.start()
+        return thread
+
+    def submit(self, job: Job) -> None:
+        with self._changed:
+            self._refuse_if_closed()
+            self._inbox.append(job)
+            self._changed.notify()
+
+    def submit_control(self, control: Control) -> None:
+        """Run something while no request is under way; requests that come later wait for it."""
+        with self._changed:
+            self._refuse_if_closed()
+            self._controls.append(control)
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Take nothing more and fail what is there; the thread ends after the step it is in."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+
+    def _refuse_if_closed(self) -> None:
+        if self._closed:
+            raise _closed_error()
+
+    # From here on: the thread.
+
+    def _live(self, ready: Answer[None], ended: Answer[None]) -> None:
+        try:
+            self._engine = self._open_engine()
+        except TutelageError as error:
+            ready.fail(error)
+            return
+        except Exception as error:
+            log.exception("engine_failed", during="loading")
+            ready.fail(TutelageError("INTERNAL", f"engine: loading failed: {type(error).__name__}: {error}"))
+            return
+        ready.resolve(None)
+        try:
+            while self._wait_for_work():
+                self._drop_withdrawn()
+                self._admit()
+                if self._units:
+                    self._step()
+        except Exception:
+            log.exception("engine_failed", during="serving")
+        finally:
+            self._end()
+            ended.resolve(None)
+
+    def _wait_for_work(self) -> bool:
+        """Block while there is nothing to do; False when closed."""
+        if not self._units:
+            self._engine.settle()
+        with self._changed:
+            while not (self._closed or self._units or self._inbox or self._controls):
+                self._changed.wait()
+            return not self._closed
+
+    def _drop_withdrawn(self) -> None:
+        for job in [job for job in self._jobs if job.answer.withdrawn]:
+            self.counters.withdrawn += 1
+            self._drop(job)
+
+    def _drop(self, job: Job) -> None:
+        """Take a job's sequences out of vLLM."""
+        ids = list(job.open)
+        job.open.clear()
+        self._jobs.pop(job, None)
+        for unit_id in ids:
+            del self._units[unit_id]
+        self._engine.abort(ids)
+
+    def _admit(self) -> None:
+        """Hand everything that waits to vLLM, which queues it; controls and second chances go in between."""
+        while True:
+            with self._changed:
+                if self._controls and self._jobs:
+                    return
+                control = self._controls.popleft() if self._controls else None
+                job = None
+                if control is None:
+                    alone = any(other.alone for other in self._jobs)
+                    if not self._inbox or alone or (self._inbox[0].alone and self._jobs):
+                        return
+                    job = self._inbox.popleft()
+            if control is not None:
+                _attempt(control)
+            elif job is not None and job.answer.withdrawn:
+                self.counters.withdrawn += 1
+            elif job is not None:
+                self._enter(job)
+
+    def _enter(self, job: Job) -> None:
+        job.admitted = time.perf_counter()
+        self._jobs[job] = None
+        try:
+            for index in range(len(job.request.sequences)):
+                self._add(job, index, read_cache=True)
+        except Exception as error:
+            self._drop(job)
+            log.exception("request_refused_by_vllm", request=job.request.request_id)
+            job.answer.fail(
+                TutelageError("INTERNAL", f"engine: vLLM refused: {type(error).__name__}: {error}")
+            )
+
+    def _add(self, job: Job, index: int, *, read_cache: bool) -> None:
+        sequence = job.request.sequences[index]
+        context = job.request.contexts[sequence.context]
+        prompt, params = self._scoring.question(context, sequence, job.request.signal, read_cache=read_cache)
+        unit_id = str(next(self._ids))
+        self._engine.add(unit_id, prompt, params)
+        self._units[unit_id] = _Unit(job, index, len(prompt), read_cache)
+        job.open.add(unit_id)
+
+    def _step(self) -> None:
+        began = time.perf_counter()
+        try:
+            outputs = self._engine.step()
+        except Exception as error:  # noqa: BLE001 - told to its callers and logged
+            self._recover(error)
+            return
+        self._failures = 0
+        self.counters.steps += 1
+        self._busy_seconds += time.perf_counter() - began
+        self._record([output for output in outputs if output.finished])
+
+    def _record(self, outputs: list[Any]) -> None:
+        """Answer what is whole; compute time is shared among sequences that finish together."""
+        finished = [(self._units.pop(output.request_id), output) for output in outputs]
+        tokens = sum(unit.tokens for unit, _ in finished)
+        for unit, output in finished:
+            job = unit.job
+            job.open.discard(output.request_id)
+            reused = output.num_cached_tokens or 0
+            job.tokens_reused += reused
+            job.tokens_computed += unit.tokens - reused
+            job.compute_seconds += self._busy_seconds * unit.tokens / tokens
+            self._settle_unit(unit, output)
+        if finished:
+            self._busy_seconds = 0.0
+
+    def _settle_unit(self, unit: _Unit, output: Any) -> None:
+        job = unit.job
+        if job not in self._jobs:  # a sibling failed it
+            return
+        score = self._scoring.answer(output, job.request.sequences[unit.index], job.request.signal)
+        if score is not None:
+            job.scores[unit.index] = score
+            if len(job.scores) == len(job.request.sequences):
+                self._finish(job)
+        elif unit.read_cache:
+            self.counters.rescored += 1
+            log.warning("rows_missing", request=job.request.request_id, sequence=unit.index)
+            self._add(job, unit.index, read_cache=False)
+        else:
+            self._drop(job)
+            job.answer.fail(TutelageError("INTERNAL", "engine: vLLM computed fewer rows than were asked for"))
+
+    def _finish(self, job: Job) -> None:
+        del self._jobs[job]
+        positions = sum(len(sequence.response_ids) for sequence in job.request.sequences)
+        self.counters.requests += 1
+        self.counters.positions += positions
+        self.counters.tokens_computed += job.tokens_computed
+        self.counters.tokens_reused += job.tokens_reused
+        usage = Usage(
+            positions=positions,
+            tokens_computed=job.tokens_computed,
+            tokens_reused=job.tokens_reused,
+            queue_ms=(job.admitted - job.arrived) * 1e3,
+            compute_ms=job.compute_seconds * 1e3,
+        )
+        ordered = tuple(job.scores[index] for index in range(len(job.scores)))
+        job.answer.resolve(Score(ordered, self._identity(), usage, job.request.request_id))
+
+    def _recover(self, error: Exception) -> None:
+        """A step failed: a request that was alone in it is to blame, the others are tried one by one."""
+        self.counters.failed_steps += 1
+        self._failures += 1
+        log.error("step_failed", requests=len(self._jobs), error=f"{type(error).__name__}: {error}")
+        affected = list(self._jobs)
+        for job in affected:
+            self._drop(job)
+        if self._failures >= FAILURES and len(affected) > 1:
+            _fail(affected, error)
+            raise error
+        if len(affected) == 1:
+            _fail(affected, error)
+            return
+        for job in affected:
+            job.alone = True
+            job.scores.clear()
+        with self._changed:
+            self._inbox.extendleft(reversed(affected))
+
+    def _end(self) -> None:
+        """However the thread ends, nobody waits for it."""
+        with self._changed:
+            self._closed = True
+            jobs = [*self._jobs, *self._inbox]
+            controls = list(self._controls)
+            self._inbox.clear()
+            self._controls.clear()
+        for job in jobs:
+            job.answer.fail(_closed_error())
+        for control in controls:
+            control.answer.fail(_closed_error())
+        self._jobs.clear()
+        self._units.clear()
+        self._engine.close()
+
+
+def _attempt(control: Control) -> None:
+    try:
+        control.run()
+    except TutelageError as error:
+        control.answer.fail(error)
+    except Exception as error:
+        log.exception("engine_failed", during="control")
+        control.answer.fail(TutelageError("INTERNAL", f"engine: {type(error).__name__}: {error}"))
+    else:
+        control.answer.resolve(None)
+
+
+def _fail(jobs: list[Job], error: Exception) -> None:
+    for job in jobs:
+        job.answer.fail(
+            TutelageError("INTERNAL", f"engine: scoring failed with {type(error).__name__}: {error}")
+        )
+
+
+def _closed_error() -> TutelageError:
+    return TutelageError("UNAVAILABLE", "engine: closed")
