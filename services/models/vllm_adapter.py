@@ -2,8 +2,9 @@
 
 What is used beyond its documented interface, and would have to be looked at for another minor
 version: `LLMEngine` without its engine-core process, the model registry's entries,
-`KVCacheManager.get_computed_blocks`, `PoolingParams.extra_kwargs`, `PoolingMetadata`, and
-`LogitsProcessor(skip_gather=…)`. tests/contract/test_vllm_internals.py holds each of them.
+`KVCacheManager.get_computed_blocks`, `PoolingParams.extra_kwargs`, `PoolingMetadata`,
+`LogitsProcessor(skip_gather=…)`, and `finalize_layerwise_reload`.
+tests/contract/test_vllm_internals.py holds each of them.
 
 Nothing here imports vllm before it is needed: the environment that vLLM reads is set first.
 """
@@ -24,6 +25,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import structlog
+import torch
 from torch import Tensor, nn
 from tutelage_client.errors import TutelageError, invalid
 
@@ -142,13 +144,20 @@ class StepEngine:
         self._engine.abort_request(list(request_ids))
 
     def load_weights(self, path: Path) -> None:
-        """Replace the weights and forget every cached prefix; nothing may be under way."""
+        """Replace the weights and forget every cached prefix; nothing may be under way.
+
+        After an error the weights are a mixture; another call may succeed.
+        """
         if self._engine.has_unfinished_requests():
             raise TutelageError(
                 "INTERNAL", "vllm: weights can only be replaced while no request is under way"
             )
         self.settle()
-        self._engine.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
+        try:
+            self._engine.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
+        except Exception:
+            self._engine.collective_rpc(_end_failed_reload)
+            raise
         if not self._engine.reset_prefix_cache():
             raise TutelageError("INTERNAL", "vllm: the prefix cache could not be cleared after new weights")
 
@@ -286,7 +295,19 @@ def _start(arguments: dict[str, Any]) -> Any:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    return LLMEngine.from_engine_args(EngineArgs(**arguments))
+    set_num_threads = torch.set_num_threads
+    try:
+        return LLMEngine.from_engine_args(EngineArgs(**arguments))
+    finally:
+        torch.set_num_threads = set_num_threads  # vLLM disables it on a CPU, for everybody in the process
+
+
+def _end_failed_reload(worker: Any) -> None:
+    """In a worker: take the model out of the middle of a reload, where another one could not begin."""
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+    runner = worker.model_runner
+    finalize_layerwise_reload(runner.get_model(), runner.model_config)
 
 
 def _leave_distributed() -> None:
