@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
 from tutelage_client.errors import TutelageError, invalid
 
 from services.models.vllm_adapter import StepEngine
 from services.models.vllm_settings import VllmSettings
+from services.models.weights import tensor_shapes
 from student_trainer.sampler.generate import GenerationInterruptedError, Response, Row
 from student_trainer.sampler.uniforms import stream_seed
-
-Tensors = dict[str, tuple[int, ...]]  # name -> shape
 
 
 class VllmGenerator:
@@ -48,7 +46,7 @@ class VllmGenerator:
         if not end_ids:
             raise invalid("end_ids: got none; the tokenizer or the generation config must name an end token")
         self._end_ids = sorted(set(end_ids))
-        self._tensors = tensors_of(Path(model)) if Path(model).is_dir() else {}
+        self._tensors = tensor_shapes(Path(model)) if Path(model).is_dir() else {}
         self._interrupted = threading.Event()
         # As a model's own forward does: logits in its type. What is recorded is what was sampled from.
         self.engine = StepEngine(
@@ -94,7 +92,7 @@ class VllmGenerator:
             TutelageError: FAILED_PRECONDITION for other tensors than the model was started with;
                 vLLM would keep the old values of a missing one.
         """
-        found = tensors_of(directory)
+        found = tensor_shapes(directory)
         if found != self._tensors:
             names = found.keys() | self._tensors.keys()
             different = sorted(name for name in names if found.get(name) != self._tensors.get(name))
@@ -134,18 +132,6 @@ class VllmGenerator:
             output_kind=RequestOutputKind.FINAL_ONLY,
             skip_clone=True,
         )
-
-
-def tensors_of(directory: Path) -> Tensors:
-    """Names and shapes of the tensors in a directory's safetensors files; reads their headers only."""
-    tensors: Tensors = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        with safe_open(path, framework="numpy") as file:
-            names = file.keys()
-            tensors.update({name: tuple(file.get_slice(name).get_shape()) for name in names})
-    if not tensors:
-        raise invalid(f"model: {directory} holds no safetensors file")
-    return tensors
 
 
 def _allow_logprobs(settings: VllmSettings, candidates: int) -> VllmSettings:
