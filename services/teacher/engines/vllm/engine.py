@@ -154,6 +154,21 @@ class VllmEngine:
         assert self._engine is not None and self._directory is not None  # noqa: PT018
         check_same_tensors(self._directory, path)
         revision = directory_revision(path)
-        self._engine.load_weights(path)
+        try:
+            self._engine.load_weights(path)
+        except Exception as error:
+            self._restore(self._directory)
+            message = f"weights: vLLM could not load {path}: {type(error).__name__}: {error}"
+            raise TutelageError("FAILED_PRECONDITION", message) from error
+        self._directory = path
         self._identity = replace(self.identity, revision=revision, weights_version=weights_version)
         log.info("weights_loaded", weights_version=weights_version, revision=revision)
+
+    def _restore(self, directory: Path) -> None:
+        """Load the weights that were served; without them the engine must not answer again."""
+        assert self._engine is not None
+        try:
+            self._engine.load_weights(directory)
+        except Exception:
+            self._line.close()
+            raise
