@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import structlog
 from tutelage_client.errors import TutelageError
 from tutelage_client.types import (
@@ -31,7 +32,7 @@ from tutelage_client.types import (
 from services.models.vllm_adapter import StepEngine
 from services.teacher.engines.batching import Answer, Control
 
-FAILURES = 3  # steps that may fail in a row before the engine is given up
+_PROBE = Sequence("probe", 0, np.zeros(1, dtype=np.int32))  # the smallest question there is
 
 log = structlog.get_logger(__name__)
 
@@ -109,7 +110,6 @@ class EngineThread:
         self._jobs: dict[Job, None] = {}  # in order of admission
         self._ids = itertools.count()
         self._busy_seconds = 0.0
-        self._failures = 0
         self.counters = Counters()
 
     def start(self, ready: Answer[None], ended: Answer[None]) -> threading.Thread:
@@ -238,7 +238,6 @@ class EngineThread:
         except Exception as error:  # noqa: BLE001 - told to its callers and logged
             self._recover(error)
             return
-        self._failures = 0
         self.counters.steps += 1
         self._busy_seconds += time.perf_counter() - began
         self._record([output for output in outputs if output.finished])
@@ -295,22 +294,29 @@ class EngineThread:
     def _recover(self, error: Exception) -> None:
         """A step failed: a request that was alone in it is to blame, the others are tried one by one."""
         self.counters.failed_steps += 1
-        self._failures += 1
-        log.error("step_failed", requests=len(self._jobs), error=f"{type(error).__name__}: {error}")
         affected = list(self._jobs)
+        log.error("step_failed", requests=len(affected), error=f"{type(error).__name__}: {error}")
         for job in affected:
             self._drop(job)
-        if self._failures >= FAILURES and len(affected) > 1:
-            _fail(affected, error)
-            raise error
+            job.scores.clear()
         if len(affected) == 1:
-            _fail(affected, error)
+            message = f"engine: scoring failed with {type(error).__name__}: {error}"
+            affected[0].answer.fail(TutelageError("INTERNAL", message))
+            self._probe()
             return
         for job in affected:
             job.alone = True
-            job.scores.clear()
         with self._changed:
             self._inbox.extendleft(reversed(affected))
+
+    def _probe(self) -> None:
+        """Score one token; raises when the engine cannot even do that any more."""
+        question = self._scoring.question(np.zeros(1, dtype=np.int32), _PROBE, Signal(), read_cache=False)
+        self._engine.add("probe", *question)
+        while self._engine.has_work:
+            if any(output.finished for output in self._engine.step()):
+                return
+        raise RuntimeError("the probe was not answered")
 
     def _end(self) -> None:
         """However the thread ends, nobody waits for it."""
@@ -339,13 +345,6 @@ def _attempt(control: Control) -> None:
         control.answer.fail(TutelageError("INTERNAL", f"engine: {type(error).__name__}: {error}"))
     else:
         control.answer.resolve(None)
-
-
-def _fail(jobs: list[Job], error: Exception) -> None:
-    for job in jobs:
-        job.answer.fail(
-            TutelageError("INTERNAL", f"engine: scoring failed with {type(error).__name__}: {error}")
-        )
 
 
 def _closed_error() -> TutelageError:
