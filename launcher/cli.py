@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import typer
 
 from launcher.cli_errors import one_line_errors
-from launcher.cli_teacher import teacher
+from launcher.cli_teacher import PASSES_OPTIONS_ON, teacher
 
 app = typer.Typer(
     name="tutelage",
@@ -83,7 +83,7 @@ def up(run_file: RunFile) -> None:
         raise typer.Exit(run_up(run_file))
 
 
-app.command(rich_help_panel=PIECES)(teacher)
+app.command(rich_help_panel=PIECES, context_settings=PASSES_OPTIONS_ON)(teacher)
 
 
 @app.command(rich_help_panel=PIECES)

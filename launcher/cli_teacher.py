@@ -2,33 +2,72 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from launcher.cli_errors import one_line_errors
+from launcher.vllm_arguments import parse_engine_arguments
 
 QUEUE_URL_VARIABLE = "TUTELAGE_QUEUE_URL"
+# With --engine vllm, an option that is not ours is vLLM's.
+PASSES_OPTIONS_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
+VLLM = "Engine vllm (its names; any other engine argument of vLLM may be given, too)"
 
 
 def teacher(
+    context: typer.Context,
     *,
     model: Annotated[
         str | None, typer.Option(metavar="PATH_OR_ID", help="Local directory or hub id.", show_default=False)
     ] = None,
     name: Annotated[str, typer.Option(help="The name callers ask for.")] = "teacher",
     engine: Annotated[
-        str, typer.Option(help="transformers, or fake (no model, for tests).")
+        str, typer.Option(help="transformers, vllm, or fake (no model, for tests).")
     ] = "transformers",
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    max_batch_tokens: Annotated[int, typer.Option(help="Tokens of one forward pass.")] = 16_384,
+    max_batch_tokens: Annotated[
+        int, typer.Option(help="Tokens of one forward pass; not of engine vllm.")
+    ] = 16_384,
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="Each request in its own pass, one thread.")
     ] = False,
     threads: Annotated[int | None, typer.Option(help="CPU threads of the engine.")] = None,
+    tensor_parallel_size: Annotated[
+        int, typer.Option(help="GPUs that share one copy of the weights.", rich_help_panel=VLLM)
+    ] = 1,
+    gpu_memory_utilization: Annotated[
+        float | None, typer.Option(help="Share of a GPU's memory that vLLM takes.", rich_help_panel=VLLM)
+    ] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="Longest sequence in tokens.", rich_help_panel=VLLM)
+    ] = None,
+    quantization: Annotated[
+        str | None, typer.Option(help="How weights are quantized.", rich_help_panel=VLLM)
+    ] = None,
+    max_num_batched_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of one step.", rich_help_panel=VLLM)
+    ] = None,
+    max_num_seqs: Annotated[
+        int | None, typer.Option(help="Sequences of one step.", rich_help_panel=VLLM)
+    ] = None,
+    enforce_eager: Annotated[
+        bool, typer.Option("--enforce-eager", help="No compilation, no CUDA graphs.", rich_help_panel=VLLM)
+    ] = False,
+    kv_cache_memory_bytes: Annotated[
+        int | None, typer.Option(help="Size of the KV cache.", rich_help_panel=VLLM)
+    ] = None,
+    implementation: Annotated[
+        str,
+        typer.Option(
+            help="pooling; or stock: vLLM's own prompt_logprobs, for models that the first cannot serve.",
+            rich_help_panel=VLLM,
+        ),
+    ] = "pooling",
     host: Annotated[
         str, typer.Option(help="Address to listen on; beyond loopback a token is required.")
     ] = "127.0.0.1",
@@ -76,8 +115,11 @@ def teacher(
 
       tutelage teacher --model ./teacher --queue redis://10.0.0.5:6379
 
+      tutelage teacher --model Qwen/Qwen3-32B --engine vllm --tensor-parallel-size 2 --kv-cache-dtype fp8
+
       tutelage teacher --engine fake --set fake.vocab_size=32
     """
+    engine_args = _engine_args(context, engine)
     with one_line_errors():
         from services.teacher.settings import TeacherSettings
 
@@ -92,6 +134,18 @@ def teacher(
             "max_batch_tokens": max_batch_tokens,
             "deterministic": deterministic,
             "threads": threads,
+            "vllm": {
+                "tensor_parallel_size": tensor_parallel_size,
+                "gpu_memory_utilization": gpu_memory_utilization,
+                "max_model_len": max_model_len,
+                "quantization": quantization,
+                "max_num_batched_tokens": max_num_batched_tokens,
+                "max_num_seqs": max_num_seqs,
+                "enforce_eager": enforce_eager,
+                "kv_cache_memory_bytes": kv_cache_memory_bytes,
+                "implementation": implementation,
+                "engine_args": engine_args,
+            },
             "service": {
                 "host": host,
                 "grpc_port": grpc_port,
@@ -114,6 +168,21 @@ def teacher(
         from services.teacher.process import main as replica
 
         raise typer.Exit(replica(checked))
+
+
+def _engine_args(context: typer.Context, engine: str) -> dict[str, Any]:
+    """Options that are not ours: vLLM's, or a mistake."""
+    if context.args and engine != "vllm":
+        word = context.args[0].partition("=")[0]
+        if not word.startswith("-"):
+            context.fail(f"Got unexpected extra argument ({word}).")
+        ours = [option for parameter in context.command.params for option in parameter.opts]
+        near = difflib.get_close_matches(word, ours, n=1)
+        context.fail(f"No such option '{word}'." + (f" Did you mean '{near[0]}'?" if near else ""))
+    try:
+        return parse_engine_arguments(context.args)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--engine vllm") from error
 
 
 def _set(settings: dict[str, Any], text: str) -> None:

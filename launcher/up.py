@@ -19,6 +19,7 @@ from launcher.cli_teacher import QUEUE_URL_VARIABLE
 from launcher.progress import make_view
 from launcher.snapshots import Lookout
 from launcher.supervisor import Ending, Supervisor, install_signals
+from launcher.vllm_arguments import spell_settings
 from services.logs import log_to_stderr
 
 if TYPE_CHECKING:
@@ -122,10 +123,15 @@ def _replica(config: RunConfig, name: str, entry: TeacherEntry, index: int, queu
         arguments += ["--revision", entry.revision]
     if config.run.deterministic:
         arguments.append("--deterministic")
-    if config.threads is not None:
-        arguments += ["--threads", str(config.threads)]
+    arguments += spell_settings(entry.vllm)
     # The address may hold a password; a command line is for every user of the machine to read.
-    return ChildSpec(replica, "teacher", tuple(arguments), environment={QUEUE_URL_VARIABLE: queue_url})
+    environment = {QUEUE_URL_VARIABLE: queue_url}
+    if config.threads is not None:
+        if entry.engine == "vllm":
+            environment["OMP_NUM_THREADS"] = str(config.threads)
+        else:
+            arguments += ["--threads", str(config.threads)]
+    return ChildSpec(replica, "teacher", tuple(arguments), environment=environment)
 
 
 def _embedded(config: RunConfig) -> EmbeddedServer | None:

@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from services.models.vllm_settings import MAX_BATCH_TOKENS, VllmSettings, check_engine
 from student_trainer.config_errors import RunFileError, describe_errors
 from student_trainer.objective.settings import ObjectiveSettings
 from student_trainer.sampler.settings import DataSettings, SamplingSettings
@@ -82,11 +83,18 @@ class TeacherEntry(_Section):
 
     model: str | None = Field(None, description="local directory or hub id; only the fake engine has none")
     revision: str | None = Field(None, description="hub revision (a commit, a tag or a branch)")
-    engine: Literal["transformers", "fake"] = Field("transformers", description="what computes the scores")
+    engine: Literal["transformers", "vllm", "fake"] = Field(
+        "transformers", description="what computes the scores"
+    )
     replicas: int = Field(1, ge=1, description="processes that `tutelage up` starts; each holds the weights")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of weights and activations")
     device: str = Field("auto", description='"auto" (CUDA when there is one), "cpu", "cuda" or "cuda:N"')
-    max_batch_tokens: int = Field(16_384, ge=1, description="tokens of one packed forward pass")
+    max_batch_tokens: int = Field(
+        MAX_BATCH_TOKENS, ge=1, description="tokens of one packed forward pass; not of engine vllm"
+    )
+    vllm: VllmSettings = Field(
+        default_factory=VllmSettings, description="how vLLM serves it, by vLLM's names"
+    )
     address: str | None = Field(
         None,
         description="host:port of a replica that somebody else runs: `tutelage up` starts none, "
@@ -99,6 +107,11 @@ class TeacherEntry(_Section):
             raise ValueError(
                 'model: missing; give a local directory or a hub id (only engine = "fake" has none)'
             )
+        return self
+
+    @model_validator(mode="after")
+    def _fits_the_engine(self) -> Self:
+        check_engine(self)
         return self
 
 

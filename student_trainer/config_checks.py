@@ -21,6 +21,7 @@ def check_sections(config: RunConfig) -> None:
     _check_reward(config, plan)
     _check_sampler(config)
     _check_sampling_engine(config)
+    _check_teacher_engines(config)
     _check_evaluation(config)
 
 
@@ -83,6 +84,15 @@ def _check_sampling_engine(config: RunConfig) -> None:
             '[run] deterministic: got true with [sampling] engine = "vllm", whose logits depend on what is '
             'computed beside them; use engine = "transformers", or deterministic = false'
         )
+
+
+def _check_teacher_engines(config: RunConfig) -> None:
+    for name, entry in config.teachers.items():
+        if config.run.deterministic and entry.engine == "vllm" and entry.address is None:
+            raise ValueError(
+                f'[run] deterministic: got true with [teachers.{name}] engine = "vllm", whose scores depend '
+                'on what is computed beside them; use engine = "transformers", or deterministic = false'
+            )
 
 
 def _check_evaluation(config: RunConfig) -> None:

@@ -92,4 +92,6 @@ class TeacherSettings(BaseModel):
                 "deterministic: got true; what vLLM computes depends on what it computes beside it, "
                 "engine 'transformers' can score each request alone"
             )
+        if self.engine == "vllm" and self.threads is not None:
+            raise ValueError("threads: with engine 'vllm' the environment says it, as OMP_NUM_THREADS")
         return self

@@ -6,6 +6,7 @@ import json
 import resource
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,13 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from launcher.cli import app
+from launcher.up import child_specs
+from services.models.vllm_settings import VllmSettings
 from services.teacher.settings import TeacherSettings
-from student_trainer.config import QueueSettings
+from student_trainer.config import QueueSettings, parse_run_config
 
 COMMANDS = ("quickstart", "up", "teacher", "rollout", "train", "score", "doctor", "report", "bench")
-HEAVY = ("torch", "transformers", "fastapi", "uvicorn", "grpc", "redis", "numpy", "matplotlib")
+HEAVY = ("torch", "transformers", "fastapi", "uvicorn", "grpc", "redis", "numpy", "matplotlib", "vllm")
 
 
 def tutelage(*arguments: str) -> Result:
@@ -72,12 +75,74 @@ def test_every_command_explains_itself_with_an_example(command: str) -> None:
     assert f"tutelage {command}" in ran.stdout.split("Example", 1)[1]
 
 
-def test_a_teacher_without_options_has_the_defaults_of_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[TeacherSettings] = []
-    monkeypatch.setattr("services.teacher.process.main", started.append)
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[TeacherSettings]:
+    """Settings of the replicas that a command would have started."""
+    settings: list[TeacherSettings] = []
+    monkeypatch.setattr("services.teacher.process.main", settings.append)
+    return settings
+
+
+def test_a_teacher_without_options_has_the_defaults_of_its_settings(started: list[TeacherSettings]) -> None:
     assert tutelage("teacher", "--engine", "fake", "--consumer", "me").exit_code == 0
     assert started == [TeacherSettings(engine="fake", consumer="me")]
     assert started[0].heartbeat_seconds == QueueSettings().heartbeat_seconds
+
+
+def test_options_of_vllm_are_taken_in_its_own_spelling(started: list[TeacherSettings]) -> None:
+    ran = tutelage(
+        *("teacher", "--model", "m", "--engine", "vllm", "--tensor-parallel-size", "2"),
+        *("--gpu-memory-utilization", "0.8", "--max-model-len", "4096", "--quantization", "fp8"),
+        *("--kv-cache-dtype", "fp8", "--block-size=32", "--enable-expert-parallel", "--name", "large"),
+        *("--no-enable-prefix-caching", "--hf-overrides", '{"rope_theta": 1.5}', "--seed", "-1"),
+        *("--compilation-config.mode", "0", "--max-num-seqs", "64", "--enforce-eager"),
+    )
+    assert ran.exit_code == 0, ran.output
+    assert started[0].name == "large"
+    assert started[0].vllm == VllmSettings(
+        tensor_parallel_size=2,
+        gpu_memory_utilization=0.8,
+        max_model_len=4096,
+        quantization="fp8",
+        max_num_seqs=64,
+        enforce_eager=True,
+        engine_args={
+            "kv_cache_dtype": "fp8",
+            "block_size": 32,
+            "enable_expert_parallel": True,
+            "enable_prefix_caching": False,
+            "hf_overrides": {"rope_theta": 1.5},
+            "seed": -1,
+            "compilation_config": {"mode": 0},
+        },
+    )
+
+
+def test_vllm_settings_of_a_run_file_reach_the_replica_that_up_starts(
+    started: list[TeacherSettings], tmp_path: Path
+) -> None:
+    settings = {
+        "tensor_parallel_size": 2,
+        "max_num_batched_tokens": 8192,
+        "kv_cache_memory_bytes": 1 << 30,
+        "enforce_eager": True,
+        "implementation": "stock",
+        "engine_args": {
+            "served_model_name": "1",
+            "hf_overrides": {"a": [1, "-x"]},
+            "seed": -1,
+            "numa_bind": False,
+        },
+    }
+    document = tomllib.loads(RUN_FILE) | {
+        "teachers": {"t": {"model": "m", "engine": "vllm", "vllm": settings}}
+    }
+    config = parse_run_config(document | {"run": {"threads": 3}})
+    spec = child_specs(config, tmp_path / "run.toml", "redis://queue")[0]
+    ran = tutelage(*spec.arguments)
+    assert ran.exit_code == 0, ran.output
+    assert started[0].vllm == VllmSettings(**settings)
+    assert spec.environment["OMP_NUM_THREADS"] == "3"
 
 
 RUN_FILE = """
@@ -107,6 +172,40 @@ BAD_INPUT = {
     ),
     "fake setting without a value": (["teacher", "--engine", "fake", "--set", "fake.seed"], "KEY=VALUE"),
     "unknown fake setting": (["teacher", "--engine", "fake", "--set", "fake.sed=1"], "fake.sed"),
+    "unknown option": (
+        ["teacher", "--engine", "fake", "--max-batch-token", "5"],
+        "Did you mean '--max-batch-tokens'?",
+    ),
+    "option of vLLM for another engine": (
+        ["teacher", "--model", "m", "--kv-cache-dtype", "fp8"],
+        "No such option",
+    ),
+    "setting of vLLM for another engine": (
+        ["teacher", "--model", "m", "--max-num-seqs", "8"],
+        "vllm: got max_num_seqs, but the engine is 'transformers'",
+    ),
+    "short option of vLLM": (["teacher", "--model", "m", "--engine", "vllm", "-tp", "2"], "got '-tp'"),
+    "option of vLLM twice": (
+        ["teacher", "--model", "m", "--engine", "vllm", "--seed", "2", "--seed=3"],
+        "got --seed twice",
+    ),
+    "setting of vLLM by a second name": (
+        ["teacher", "--model", "m", "--engine", "vllm", "--no-enforce-eager"],
+        "got 'enforce_eager', which is a key beside engine_args",
+    ),
+    "device of vLLM": (
+        ["teacher", "--model", "m", "--engine", "vllm", "--device", "cuda:1"],
+        "CUDA_VISIBLE_DEVICES",
+    ),
+    "deterministic vLLM": (
+        ["teacher", "--model", "m", "--engine", "vllm", "--deterministic"],
+        "deterministic: got",
+    ),
+    "threads of vLLM": (["teacher", "--model", "m", "--engine", "vllm", "--threads", "2"], "OMP_NUM_THREADS"),
+    "tokens of a batch of vLLM": (
+        ["teacher", "--model", "m", "--engine", "vllm", "--max-batch-tokens", "99"],
+        "max_num_batched_tokens",
+    ),
     "engine that does not exist": (["teacher", "--engine", "vlm"], "engine: got 'vlm'"),
     "setting inside a number": (["teacher", "--set", "threads.x=1"], "has no settings of its own"),
     "score without a teacher": (["score", "rows.jsonl"], "exactly one of --teacher"),

@@ -142,6 +142,30 @@ def test_what_vllm_cannot_sample_is_refused_by_name(tmp_path: Path, sections: st
     assert any(expected in problem for problem in found), found
 
 
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        ("engine = 'vlm'", "'vllm'"),
+        (
+            "[teachers.large.vllm]\nmax_num_seqs = 3",
+            "vllm: got max_num_seqs, but the engine is 'transformers'",
+        ),
+        ("engine = 'vllm'\ndevice = 'cuda:1'", "CUDA_VISIBLE_DEVICES"),
+        ("engine = 'vllm'\nmax_batch_tokens = 5", "max_num_batched_tokens"),
+        ("engine = 'vllm'\n[run]\ndeterministic = true", "deterministic: got true with [teachers.large]"),
+        ("engine = 'vllm'\n[teachers.large.vllm]\nmax_num_seq = 3", "nearest key is 'max_num_seqs'"),
+        ("engine = 'vllm'\n[teachers.large.vllm.engine_args]\nmax_num_seqs = 3", "a key beside engine_args"),
+        ("engine = 'vllm'\n[teachers.large.vllm.engine_args]\ndtype = 'half'", "outside the vLLM settings"),
+    ],
+)
+def test_what_the_teachers_engine_would_not_look_at_is_refused(
+    tmp_path: Path, sections: str, expected: str
+) -> None:
+    text = MINIMAL.replace('model = "models/teacher"', f'model = "models/teacher"\n{sections}')
+    found = problems(tmp_path, text)
+    assert any(expected in problem for problem in found), found
+
+
 def test_the_command_line_chooses_another_sampling_engine(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text(MINIMAL)
