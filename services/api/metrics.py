@@ -1,8 +1,15 @@
-"""What a scoring service counts, as Prometheus metrics on a registry of its own."""
+"""What a scoring service counts, as Prometheus metrics on a registry of its own, and what its engine counts.
+
+An engine that is a library puts its figures into prometheus_client's default registry: vLLM's are
+named `vllm:…`. They are shown beside ours, by their own names.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from prometheus_client import (
+    REGISTRY,
     CollectorRegistry,
     Counter,
     Gauge,
@@ -10,8 +17,17 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
+from prometheus_client.metrics_core import Metric
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+ENGINE_PREFIX = "vllm:"
+
+
+class _EngineMetrics:
+    """The engine's share of the default registry, which also describes the process."""
+
+    def collect(self) -> Iterator[Metric]:
+        return (metric for metric in REGISTRY.collect() if metric.name.startswith(ENGINE_PREFIX))
 
 
 class Metrics:
@@ -46,6 +62,7 @@ class Metrics:
         self.throughput = gauge("throughput_tokens_per_second", "Measured while busy")
         self.ready = gauge("ready", "1 while requests are accepted")
         self.queue_jobs = counter("queue_jobs", "Jobs taken from the queue, by outcome", "outcome")
+        self.registry.register(_EngineMetrics())
 
     def exposition(self) -> bytes:
         """The text format that Prometheus scrapes."""
