@@ -83,7 +83,12 @@ class SamplingSettings(BaseModel):
     )
     temperature: float = Field(default=1.0, gt=0.0, le=10.0, description="sampling temperature")
     max_new_tokens: int = Field(default=512, ge=1, description="token limit of a response")
-    batch_size: int = Field(default=128, ge=1, description="responses generated at once")
+    batch_size: int = Field(
+        default=128,
+        ge=1,
+        description="responses generated at once; vLLM on a GPU is faster with all of an order "
+        "(groups_per_order times samples_per_prompt), of which it computes max_num_seqs at a time",
+    )
     engine: Literal["transformers", "vllm"] = Field(
         default="transformers",
         description='what computes while sampling: "vllm" is faster, and computes on what it was built for '
