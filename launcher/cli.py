@@ -43,6 +43,9 @@ EVERYTHING, PIECES, LOOK = "Everything at once", "One process at a time", "Look 
 @app.command(rich_help_panel=EVERYTHING)
 def quickstart(
     *,
+    engine: Annotated[
+        str, typer.Option(help="The teacher's engine: transformers, or vllm.")
+    ] = "transformers",
     compare: Annotated[
         bool, typer.Option("--compare", help="Also run off-policy distillation and GRPO at equal tokens.")
     ] = False,
@@ -52,17 +55,19 @@ def quickstart(
     Needs no download and no GPU. The models are trained once and kept for the
     next run. Ends with a table of the teacher and the student before and after,
     and exits with status 1 when the student closed less than three quarters of
-    the gap. Writes runs/quickstart (an earlier run there is replaced) and
-    artifacts/quickstart.
+    the gap. Writes runs/quickstart or runs/quickstart-vllm (an earlier run there is
+    replaced) and artifacts/quickstart.
 
-    [bold]Example[/bold]
+    [bold]Examples[/bold]
+
+      tutelage quickstart --engine vllm
 
       tutelage quickstart --compare
     """
     with one_line_errors():
         from launcher.quickstart import run_quickstart
 
-        raise typer.Exit(run_quickstart(compare=compare))
+        raise typer.Exit(run_quickstart(engine=engine, compare=compare))
 
 
 @app.command(rich_help_panel=EVERYTHING)
@@ -191,6 +196,9 @@ def score(
     model: Annotated[
         str | None, typer.Option(metavar="PATH_OR_ID", help="Load this model here instead.")
     ] = None,
+    engine: Annotated[
+        str, typer.Option(help="What computes with --model: transformers or vllm.")
+    ] = "transformers",
     tokenizer: Annotated[
         str | None, typer.Option(metavar="PATH_OR_ID", help="For text; the model's own by default.")
     ] = None,
@@ -213,7 +221,7 @@ def score(
 
       tutelage score rollouts.jsonl --teacher 127.0.0.1:50051 --top-k 8 --output scores.parquet
 
-      tutelage score answers.jsonl --model Qwen/Qwen3-8B
+      tutelage score answers.jsonl --model Qwen/Qwen3-8B --engine vllm
     """
     with one_line_errors():
         from tutelage_client.types import Signal
@@ -223,6 +231,7 @@ def score(
         options = ScoreOptions(
             teacher=teacher,
             model=model,
+            engine=engine,
             tokenizer=tokenizer,
             output=output or file.with_suffix(".scores.jsonl"),
             signal=Signal(top_k=top_k, entropy=entropy, temperature=temperature),

@@ -19,6 +19,7 @@ from launcher.doctor_checks import (
     check_memory,
     check_objective,
     check_served,
+    check_vllm,
     demands,
 )
 from launcher.model_facts import ModelFacts, NotHere, read_facts
@@ -79,6 +80,7 @@ def examine(config: RunConfig, *, download: bool, token: str | None) -> Iterator
     for name, facts in models.named():
         yield from check_lengths(config, name, facts)
     yield from check_budgets(config)
+    yield from check_vllm(config)
     yield from check_memory(demands(config, models.student, models.teachers))
     yield asyncio.run(check_queue(config))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 Level = Literal["ok", "warn", "fail", "unknown"]
 BYTES = {"float32": 4, "bfloat16": 2}
+VLLM_MISSING = "vLLM is not installed: on a CPU `make setup` does it, with a GPU pip install 'tutelage[vllm]'"
 ACTIVATION_SHARE = 1.25  # room for activations and fragmentation on top of what is counted exactly
 
 
@@ -132,7 +134,7 @@ def check_lengths(config: RunConfig, name: str, facts: ModelFacts) -> Iterator[F
         yield Finding(
             "fail",
             name,
-            f"takes {facts.max_tokens:,} tokens; prompt and max_new_tokens may come to {wanted:,} and more",
+            f"takes {facts.max_tokens:,} tokens; prompt and max_new_tokens may come to {wanted:,}",
         )
 
 
@@ -156,6 +158,30 @@ def check_budgets(config: RunConfig) -> Iterator[Finding]:
         )
 
 
+def check_vllm(config: RunConfig) -> Iterator[Finding]:
+    """vLLM must be here for the processes that compute with it here."""
+    users = [
+        f"teacher {name}"
+        for name, entry in config.teachers.items()
+        if entry.engine == "vllm" and entry.address is None
+    ]
+    if config.sampling.engine == "vllm":
+        users.append("sampling")
+    if users and find_spec("vllm") is None:
+        yield Finding("fail", "vllm", f"{VLLM_MISSING} ({', '.join(users)})")
+    elif users:
+        yield Finding("ok", "vllm", f"installed, for {', '.join(users)}")
+    wanted = config.sampling.max_new_tokens + (config.data.max_prompt_tokens or 0)
+    for name, entry in config.teachers.items():
+        longest = entry.vllm.max_model_len
+        if longest is not None and wanted >= longest:
+            yield Finding(
+                "fail",
+                f"teacher {name}",
+                f"vllm.max_model_len is {longest:,}; prompt and max_new_tokens may come to {wanted:,}",
+            )
+
+
 @dataclass(frozen=True, slots=True)
 class Demand:
     """Memory one process wants on one device ("cpu" or "cuda")."""
@@ -171,6 +197,7 @@ def demands(config: RunConfig, student: ModelFacts | None, teachers: dict[str, M
     for name, facts in teachers.items():
         entry = config.teachers[name]
         size = facts.parameters * BYTES[entry.dtype] * ACTIVATION_SHARE
+        size += entry.vllm.kv_cache_memory_bytes or 0
         found += [
             Demand(f"{name}-{replica}", _device(entry.device), round(size))
             for replica in range(entry.replicas)

@@ -8,9 +8,13 @@ import os
 import shutil
 import time
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tutelage_client.errors import TutelageError, invalid
+
+from launcher.doctor_checks import VLLM_MISSING
 from launcher.quickstart_models import TrainingFailedError, prepare_with_bars
 from launcher.up import only_one, run_up
 from services.logs import log_to_stderr
@@ -20,7 +24,7 @@ if TYPE_CHECKING:
     from student_trainer.config import RunConfig
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-MAIN = "quickstart.toml"
+MAIN = {"transformers": "quickstart.toml", "vllm": "quickstart-vllm.toml"}  # by the teacher's engine
 COMPARED = {
     "off-policy distillation": "quickstart-off-policy.toml",
     "GRPO, no teacher": "quickstart-grpo.toml",
@@ -39,22 +43,31 @@ class Result:
     tokens_scored: int
 
 
-def run_quickstart(*, compare: bool) -> int:
-    """0 when the student closed enough of the gap, 1 when not or when something did not finish."""
+def run_quickstart(*, engine: str, compare: bool) -> int:
+    """0 when the student closed enough of the gap, 1 when not or when something did not finish.
+
+    Raises:
+        TutelageError: there is no such engine, or it is not installed.
+    """
+    if engine not in MAIN:
+        raise invalid(f"--engine: got {engine!r}, must be {' or '.join(MAIN)}")
+    if engine == "vllm" and find_spec("vllm") is None:
+        raise TutelageError("FAILED_PRECONDITION", f"--engine vllm: {VLLM_MISSING}")
+    recipe = MAIN[engine]
     from rich.console import Console
     from rich.markup import escape
 
     log_to_stderr(logging.WARNING)
     console = Console(highlight=False, soft_wrap=True)
     started = time.monotonic()
-    config = _config(MAIN)
+    config = _config(recipe)
     try:
         teacher = _prepare_models(config)
     except TrainingFailedError as error:
         console.print(f"[bold red]{escape(str(error))}[/]")
         return 1
     console.print(f"models ready after {time.monotonic() - started:.0f} s; they are kept for the next time\n")
-    result = _run(MAIN, teacher)
+    result = _run(recipe, teacher)
     if result is None:
         return 1
     rows = _measure_before(config, teacher) | {"student after": result.measured}

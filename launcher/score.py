@@ -22,6 +22,8 @@ from services.logs import log_to_stderr
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from services.teacher.settings import TeacherSettings
+
 IN_FLIGHT = 4  # requests on their way at once
 
 
@@ -31,6 +33,7 @@ class ScoreOptions:
 
     teacher: str | None
     model: str | None
+    engine: str
     tokenizer: str | None
     output: Path
     signal: Signal
@@ -127,10 +130,9 @@ async def _scores(options: ScoreOptions, encode: _Encoder) -> AsyncIterator[tupl
             yield client.score_request, served.limits
         return
     from services.api.core import ScoringCore
-    from services.teacher.engines.transformers import TransformersEngine
+    from services.teacher.build import build_engine
 
-    assert options.model is not None
-    engine = TransformersEngine(options.model, max_batch_tokens=options.batch_tokens)
+    engine = build_engine(_engine_settings(options))
     await engine.start()
     try:
         core = ScoringCore(engine, max_queued_tokens=2**62, max_message_bytes=2**31 - 1)
@@ -138,6 +140,15 @@ async def _scores(options: ScoreOptions, encode: _Encoder) -> AsyncIterator[tupl
         yield partial(core.score, transport="queue"), engine.limits
     finally:
         await engine.close()
+
+
+def _engine_settings(options: ScoreOptions) -> TeacherSettings:
+    from services.teacher.settings import TeacherSettings
+
+    settings: dict[str, Any] = {"model": options.model, "engine": options.engine}
+    if options.engine == "transformers":
+        settings["max_batch_tokens"] = options.batch_tokens
+    return TeacherSettings.model_validate(settings)
 
 
 class _Encoder:

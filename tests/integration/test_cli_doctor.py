@@ -105,6 +105,10 @@ TROUBLE: dict[str, tuple[dict[str, str | int], str]] = {
     "responses longer than the model": ({"max_new_tokens": 100}, "takes 64 tokens"),
     "data that is not there": ({"data": 'path = "{root}/nothing.jsonl"'}, "there is no such file"),
     "a teacher nobody serves": ({"teacher": 'address = "127.0.0.1:1"'}, "127.0.0.1:1"),
+    "a vLLM teacher for shorter sequences": (
+        {"teacher": 'model = "{root}/teacher"\nengine = "vllm"\n[teachers.big.vllm]\nmax_model_len = 8'},
+        "vllm.max_model_len is 8",
+    ),
     "a queue nobody runs": ({"queue": "redis://127.0.0.1:1"}, "redis://127.0.0.1:1"),
 }
 
@@ -116,6 +120,18 @@ def test_what_would_fail_is_said_and_fails_the_command(case: str, root: Path) ->
     result = examine(root, **filled)
     assert result.exit_code == 1, result.output
     assert any(expected in line for line in lines(result, "fail")), result.output
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_whether_vllm_is_installed_is_said_where_it_is_needed(
+    root: Path, here: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launcher.doctor_checks.find_spec", lambda name: object() if here else None)
+    assert not any(line.startswith("vllm") for line in lines(examine(root), "ok"))
+    result = examine(root, teacher=f'model = "{root}/teacher"\nengine = "vllm"')
+    assert result.exit_code == (0 if here else 1)
+    (said,) = [line for line in lines(result, "ok" if here else "fail") if line.startswith("vllm")]
+    assert "teacher big" in said
 
 
 @pytest.mark.parametrize(("tokens", "refused"), [(40_000, False), (140_000, True)])

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +70,27 @@ def test_text_is_scored_as_transformers_would(model: Path, texts: Path) -> None:
         assert record["sampled"] == pytest.approx(plain_scores(model, prompt, response), abs=1e-4)
         assert [len(ids) for ids in record["top_ids"]] == [2] * len(response)
         assert all(0.0 < entropy < math.log(32) for entropy in record["entropy"])
+
+
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
+def test_text_is_scored_by_vllm_as_transformers_would(texts: Path) -> None:
+    model = write_model(texts.parent / "model", seed=3, head_dim=32)
+    # A process of its own: vLLM changes the process that it runs in.
+    command = [
+        sys.executable,
+        "-m",
+        "launcher",
+        "score",
+        str(texts),
+        "--model",
+        str(model),
+        "--engine",
+        "vllm",
+    ]
+    subprocess.run([*command, "--top-k", "2"], check=True, timeout=150)
+    for record, (prompt, response) in zip(read(texts.with_suffix(".scores.jsonl")), PAIRS, strict=True):
+        assert record["sampled"] == pytest.approx(plain_scores(model, prompt, response), abs=1e-4)
+        assert [len(ids) for ids in record["top_ids"]] == [2] * len(response)
 
 
 def test_small_batches_give_the_same_scores_in_the_same_order(model: Path, texts: Path) -> None:

@@ -31,8 +31,8 @@ HEARTBEAT = 0.5
 _PROCESSES = ("student_trainer.train", "student_trainer.sampler.process", "services.teacher.process")
 
 
-def write_model(directory: Path, seed: int) -> Path:
-    """A random Qwen3 of 17,632 parameters with the character tokenizer."""
+def write_model(directory: Path, seed: int, head_dim: int = 16) -> Path:
+    """A random Qwen3 of 17,632 parameters with the character tokenizer; vLLM wants a head_dim of 32."""
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=MODEL_ROWS,
@@ -41,7 +41,7 @@ def write_model(directory: Path, seed: int) -> Path:
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-        head_dim=16,
+        head_dim=head_dim,
         max_position_embeddings=64,
         eos_token_id=1,
         pad_token_id=0,
