@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,10 @@ from google.protobuf import json_format
 from support.teachers import TeacherProcess, teacher_process
 from tutelage.v1 import teacher_pb2 as pb
 from tutelage.v1.teacher_pb2_grpc import TeacherServiceStub
+from typer.testing import CliRunner
+
+from launcher.cli import app
+from services.teacher.settings import TeacherSettings
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
@@ -54,3 +59,14 @@ def test_the_grpcurl_body_scores(teacher: TeacherProcess) -> None:
     with grpc.insecure_channel(teacher.grpc) as channel:
         answer = TeacherServiceStub(channel).Score(request, timeout=30)  # type: ignore[no-untyped-call]
     assert answer.sequences[0].num_positions == 2
+
+
+def test_every_teacher_command_is_one_that_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[TeacherSettings] = []
+    monkeypatch.setattr("services.teacher.process.main", started.append)
+    commands = re.findall(r"^tutelage (teacher .*(?:\\\n.*)*)$", README, re.MULTILINE)
+    for command in commands:
+        ran = CliRunner().invoke(app, shlex.split(command))
+        assert ran.exit_code == 0, ran.output
+    assert [settings.engine for settings in started] == ["transformers", "fake", "vllm"]
+    assert started[2].vllm.engine_args == {"kv_cache_dtype": "fp8"}
