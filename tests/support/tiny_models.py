@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,84 +14,136 @@ from tutelage_client.types import Int32Array
 
 VOCAB = 61
 
-# Windows of 4 are shorter than almost every sequence that the tests use.
-_COMMON = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 2048,
-    "initializer_range": 0.3,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-}
-_NO_HEAD_DIM = {name: value for name, value in _COMMON.items() if name != "head_dim"}
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes that an engine may bound; hidden states have heads · head_dim numbers.
+
+    A window of 4 is shorter than almost every sequence that the tests use.
+    """
+
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 8
+    intermediate: int = 48
+    moe_intermediate: int = 16
+    window: int = 4
+    layers: int = 2
+    vocab: int = VOCAB
+    layer_scaled_attention: bool = True  # GPT-2's option
+
+    @property
+    def hidden(self) -> int:
+        return self.heads * self.head_dim
+
+
+SMALL = Shape()
+SERVABLE = Shape(  # by vLLM on a CPU
+    heads=2, kv_heads=1, head_dim=32, intermediate=64, moe_intermediate=32, layer_scaled_attention=False
+)
+
+
+def _common(shape: Shape) -> dict[str, Any]:
+    return {
+        "vocab_size": shape.vocab,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "max_position_embeddings": 2048,
+        "initializer_range": 0.3,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+    }
+
+
+def _no_head_dim(shape: Shape) -> dict[str, Any]:
+    return {name: value for name, value in _common(shape).items() if name != "head_dim"}
+
+
 _MOE = {"num_experts_per_tok": 2, "num_local_experts": 4}
 
 
-def _gpt2() -> Any:
+def _gpt2(shape: Shape) -> Any:
     return transformers.GPT2Config(
-        vocab_size=VOCAB,
-        n_embd=32,
-        n_layer=2,
-        n_head=4,
+        vocab_size=shape.vocab,
+        n_embd=shape.hidden,
+        n_layer=shape.layers,
+        n_head=shape.heads,
         n_positions=2048,
         initializer_range=0.3,
         bos_token_id=0,
         eos_token_id=1,
-        scale_attn_by_inverse_layer_idx=True,
+        scale_attn_by_inverse_layer_idx=shape.layer_scaled_attention,
     )
 
 
-PACKABLE: dict[str, Callable[[], Any]] = {
-    "qwen3": lambda: transformers.Qwen3Config(**_COMMON),
-    "llama": lambda: transformers.LlamaConfig(**_COMMON, attention_bias=True),
-    "gemma2": lambda: transformers.Gemma2Config(
-        **_COMMON,
-        sliding_window=4,
+def _gpt_neox(shape: Shape) -> Any:
+    return transformers.GPTNeoXConfig(
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        intermediate_size=shape.intermediate,
+        initializer_range=0.3,
+    )
+
+
+def _gemma2(shape: Shape) -> Any:
+    return transformers.Gemma2Config(
+        **_common(shape),
+        sliding_window=shape.window,
         query_pre_attn_scalar=8,
         attn_logit_softcapping=5.0,
         final_logit_softcapping=3.0,
-    ),
-    "gemma3": lambda: transformers.Gemma3TextConfig(
-        **_COMMON,
-        sliding_window=4,
+    )
+
+
+def _gemma3(shape: Shape) -> Any:
+    return transformers.Gemma3TextConfig(
+        **_common(shape),
+        sliding_window=shape.window,
         query_pre_attn_scalar=8,
-        layer_types=["sliding_attention", "full_attention"],
-    ),
-    "mistral": lambda: transformers.MistralConfig(**_COMMON, sliding_window=4),
+        layer_types=["sliding_attention", "full_attention"] * (shape.layers // 2),
+    )
+
+
+def _qwen3_moe(shape: Shape) -> Any:
+    return transformers.Qwen3MoeConfig(
+        **_common(shape), num_experts=4, num_experts_per_tok=2, moe_intermediate_size=shape.moe_intermediate
+    )
+
+
+PACKABLE: dict[str, Callable[[Shape], Any]] = {
+    "qwen3": lambda shape: transformers.Qwen3Config(**_common(shape)),
+    "llama": lambda shape: transformers.LlamaConfig(**_common(shape), attention_bias=True),
+    "gemma2": _gemma2,
+    "gemma3": _gemma3,
+    "mistral": lambda shape: transformers.MistralConfig(**_common(shape), sliding_window=shape.window),
     "gpt2": _gpt2,
-    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
-        **_COMMON, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
-    ),
-    "mixtral": lambda: transformers.MixtralConfig(**_COMMON, **_MOE),
-    "cohere": lambda: transformers.CohereConfig(**_NO_HEAD_DIM),
-    "granite": lambda: transformers.GraniteConfig(**_NO_HEAD_DIM, logits_scaling=3.0),
-    "gpt_oss": lambda: transformers.GptOssConfig(**_COMMON, **_MOE, sliding_window=4),
-    "gpt_neox": lambda: transformers.GPTNeoXConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=48,
-        initializer_range=0.3,
-    ),
+    "qwen3_moe": _qwen3_moe,
+    "mixtral": lambda shape: transformers.MixtralConfig(**_common(shape), **_MOE),
+    "cohere": lambda shape: transformers.CohereConfig(**_no_head_dim(shape)),
+    "granite": lambda shape: transformers.GraniteConfig(**_no_head_dim(shape), logits_scaling=3.0),
+    "gpt_oss": lambda shape: transformers.GptOssConfig(**_common(shape), **_MOE, sliding_window=shape.window),
+    "gpt_neox": _gpt_neox,
 }
 
-NOT_PACKABLE: dict[str, Callable[[], Any]] = {
-    "bloom": lambda: transformers.BloomConfig(
-        vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3
+NOT_PACKABLE: dict[str, Callable[[Shape], Any]] = {
+    "bloom": lambda shape: transformers.BloomConfig(
+        vocab_size=shape.vocab, hidden_size=shape.hidden, n_layer=2, n_head=shape.heads, initializer_range=0.3
     ),
-    "mamba": lambda: transformers.MambaConfig(
-        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4
+    "mamba": lambda shape: transformers.MambaConfig(
+        vocab_size=shape.vocab, hidden_size=shape.hidden, num_hidden_layers=2, state_size=4
     ),
-    "lfm2": lambda: transformers.Lfm2Config(**_NO_HEAD_DIM, layer_types=["conv", "full_attention"]),
-    "llama4": lambda: transformers.Llama4TextConfig(
-        **_COMMON,
+    "lfm2": lambda shape: transformers.Lfm2Config(
+        **_no_head_dim(shape), layer_types=["conv", "full_attention"]
+    ),
+    "llama4": lambda shape: transformers.Llama4TextConfig(
+        **_common(shape),
         num_local_experts=2,
         num_experts_per_tok=1,
         intermediate_size_mlp=48,
@@ -99,17 +152,17 @@ NOT_PACKABLE: dict[str, Callable[[], Any]] = {
 }
 
 
-def tiny_config(architecture: str) -> Any:
-    return (PACKABLE | NOT_PACKABLE)[architecture]()
+def tiny_config(architecture: str, shape: Shape = SMALL) -> Any:
+    return (PACKABLE | NOT_PACKABLE)[architecture](shape)
 
 
-def tiny_model(architecture: str = "qwen3", seed: int = 0, spread: float = 0.3) -> Any:
+def tiny_model(architecture: str = "qwen3", seed: int = 0, spread: float = 0.3, shape: Shape = SMALL) -> Any:
     """A random float32 model in eval mode, with eager attention: the plain reference.
 
     `spread` is the standard deviation of the weights; 0.3 makes logits differ by several nats.
     """
     torch.manual_seed(seed)
-    config = tiny_config(architecture)
+    config = tiny_config(architecture, shape)
     config.initializer_range = spread
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():  # biases start at zero and would hide a forgotten one
@@ -120,8 +173,10 @@ def tiny_model(architecture: str = "qwen3", seed: int = 0, spread: float = 0.3) 
     return model.eval()
 
 
-def save_tiny_model(directory: Path, architecture: str = "qwen3", seed: int = 0) -> Path:
-    tiny_model(architecture, seed).save_pretrained(directory)
+def save_tiny_model(
+    directory: Path, architecture: str = "qwen3", seed: int = 0, shape: Shape = SMALL
+) -> Path:
+    tiny_model(architecture, seed, shape=shape).save_pretrained(directory)
     return directory
 
 
