@@ -64,7 +64,7 @@ def test_the_grpcurl_body_scores(teacher: TeacherProcess) -> None:
 def test_every_teacher_command_is_one_that_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[TeacherSettings] = []
     monkeypatch.setattr("services.teacher.process.main", started.append)
-    commands = re.findall(r"^tutelage (teacher .*(?:\\\n.*)*)$", README, re.MULTILINE)
+    commands = re.findall(r"^tutelage (teacher (?:.*\\\n)*.*)$", README, re.MULTILINE)
     for command in commands:
         ran = CliRunner().invoke(app, shlex.split(command))
         assert ran.exit_code == 0, ran.output
