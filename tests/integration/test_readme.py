@@ -66,7 +66,7 @@ def test_every_teacher_command_is_one_that_starts(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("services.teacher.process.main", started.append)
     commands = re.findall(r"^tutelage (teacher (?:.*\\\n)*.*)$", README, re.MULTILINE)
     for command in commands:
-        ran = CliRunner().invoke(app, shlex.split(command))
+        ran = CliRunner().invoke(app, shlex.split(command.replace("\\\n", "")))
         assert ran.exit_code == 0, ran.output
     assert [settings.engine for settings in started] == ["transformers", "fake", "vllm"]
     assert started[2].vllm.engine_args == {"kv_cache_dtype": "fp8"}
