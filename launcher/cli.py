@@ -12,6 +12,7 @@ import typer
 
 from launcher.cli_errors import one_line_errors
 from launcher.cli_teacher import PASSES_OPTIONS_ON, teacher
+from launcher.queue_address import QUEUE_URL_VARIABLE, given_queue_url
 
 app = typer.Typer(
     name="tutelage",
@@ -37,6 +38,16 @@ app = typer.Typer(
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run file.", show_default=False)]
 Token = Annotated[str | None, typer.Option(envvar="TUTELAGE_TOKEN", help="The teacher's access token.")]
+QueueUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--queue",
+        metavar="URL",
+        envvar=QUEUE_URL_VARIABLE,
+        help="The queue's address, instead of the run file's.",
+        show_default=False,
+    ),
+]
 EVERYTHING, PIECES, LOOK = "Everything at once", "One process at a time", "Look and check"
 
 
@@ -71,7 +82,7 @@ def quickstart(
 
 
 @app.command(rich_help_panel=EVERYTHING)
-def up(run_file: RunFile) -> None:
+def up(run_file: RunFile, *, queue: QueueUrl = None) -> None:
     """Run a whole training on this machine: queue, teachers, sampler and trainer.
 
     Shows progress, keeps the log of each process in RUN_DIR/logs, restarts a
@@ -85,7 +96,7 @@ def up(run_file: RunFile) -> None:
     with one_line_errors():
         from launcher.up import run_up
 
-        raise typer.Exit(run_up(run_file))
+        raise typer.Exit(run_up(run_file, queue_url=given_queue_url(queue)))
 
 
 app.command(rich_help_panel=PIECES, context_settings=PASSES_OPTIONS_ON)(teacher)
@@ -104,6 +115,7 @@ def rollout(
             help="What computes, instead of the run file's \\[sampling] engine.", show_default=False
         ),
     ] = None,
+    queue: QueueUrl = None,
 ) -> None:
     """Sample responses for a run, as one of its rollout processes.
 
@@ -119,14 +131,14 @@ def rollout(
     with one_line_errors():
         from student_trainer.config import load_run_config
 
-        config = load_run_config(run_file, sampling_engine=engine)
+        config = load_run_config(run_file, sampling_engine=engine, queue_url=given_queue_url(queue))
         from student_trainer.sampler.process import main as sampler
 
         raise typer.Exit(sampler(config, name))
 
 
 @app.command(rich_help_panel=PIECES)
-def train(run_file: RunFile) -> None:
+def train(run_file: RunFile, *, queue: QueueUrl = None) -> None:
     """Train the student of a run, continuing from its newest checkpoint.
 
     [bold]Example[/bold]
@@ -136,7 +148,7 @@ def train(run_file: RunFile) -> None:
     with one_line_errors():
         from student_trainer.config import load_run_config
 
-        config = load_run_config(run_file)
+        config = load_run_config(run_file, queue_url=given_queue_url(queue))
         from student_trainer.train import main as trainer
 
         raise typer.Exit(trainer(config))
@@ -150,6 +162,7 @@ def doctor(
         bool, typer.Option("--download", help="Fetch configuration and tokenizer of hub models (no weights).")
     ] = False,
     token: Token = None,
+    queue: QueueUrl = None,
 ) -> None:
     """Check a run file against everything it names, before any time is spent.
 
@@ -164,7 +177,8 @@ def doctor(
     with one_line_errors():
         from launcher.doctor import run_doctor
 
-        raise typer.Exit(run_doctor(run_file, download=download, token=token))
+        queue_url = given_queue_url(queue)
+        raise typer.Exit(run_doctor(run_file, download=download, token=token, queue_url=queue_url))
 
 
 @app.command(rich_help_panel=LOOK)

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from launcher.cli_errors import one_line_errors
+from launcher.queue_address import QUEUE_URL_VARIABLE, given_queue_url
 from launcher.vllm_arguments import parse_engine_arguments
 
-QUEUE_URL_VARIABLE = "TUTELAGE_QUEUE_URL"
 # With --engine vllm, an option that is not ours is vLLM's.
 PASSES_OPTIONS_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
 VLLM = "Engine vllm (its names; any other engine argument of vLLM may be given, too)"
@@ -155,7 +155,7 @@ def teacher(
                 "token_file": token_file,
                 "tls": tls if any(tls.values()) else None,
             },
-            "queue_url": queue,
+            "queue_url": given_queue_url(queue),
             "namespace": namespace,
             "heartbeat_seconds": heartbeat_seconds,
             "ready_file": ready_file,

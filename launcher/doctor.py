@@ -39,7 +39,7 @@ MARKS = {
 PATIENCE_SECONDS = 5.0
 
 
-def run_doctor(run_file: Path, *, download: bool, token: str | None) -> int:
+def run_doctor(run_file: Path, *, download: bool, token: str | None, queue_url: str | None = None) -> int:
     """Print a table of findings; 1 when something would fail, else 0."""
     from rich.console import Console
     from rich.markup import escape
@@ -48,7 +48,7 @@ def run_doctor(run_file: Path, *, download: bool, token: str | None) -> int:
     from student_trainer.config import load_run_config
 
     log_to_stderr(logging.ERROR)  # what matters becomes a line of the table
-    config = load_run_config(run_file)
+    config = load_run_config(run_file, queue_url=queue_url)
     findings = list(examine(config, download=download, token=token))
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     for finding in findings:

@@ -7,7 +7,7 @@ import contextlib
 import fcntl
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from tutelage_client.errors import TutelageError
 
 from launcher.children import ChildSpec, RestartPolicy
-from launcher.cli_teacher import QUEUE_URL_VARIABLE
 from launcher.progress import make_view
+from launcher.queue_address import QUEUE_URL_VARIABLE
 from launcher.snapshots import Lookout
 from launcher.supervisor import Ending, Supervisor, install_signals
 from launcher.vllm_arguments import spell_settings
@@ -31,8 +31,11 @@ STATE = "up.json"
 EXIT_CODES: dict[Ending, int] = {"finished": 0, "failed": 1, "stopped": 130}
 
 
-def run_up(run_file: Path, policy: RestartPolicy | None = None) -> int:
+def run_up(run_file: Path, policy: RestartPolicy | None = None, queue_url: str | None = None) -> int:
     """Run until the trainer is done; 0 finished, 1 failed, 130 stopped by a signal.
+
+    Args:
+        queue_url: takes the place of the run file's [queue] url.
 
     Raises:
         RunFileError: the run file cannot be used.
@@ -41,7 +44,7 @@ def run_up(run_file: Path, policy: RestartPolicy | None = None) -> int:
     from student_trainer.config import load_run_config
 
     log_to_stderr(logging.ERROR)  # the supervisor says itself when the queue is away
-    config = load_run_config(run_file)
+    config = load_run_config(run_file, queue_url=queue_url)
     config.run.directory.mkdir(parents=True, exist_ok=True)
     with only_one(config.run.directory), make_view() as view:
         if _finished(config):
@@ -87,18 +90,22 @@ def _conclude(config: RunConfig, run_file: Path, ending: Ending, reason: str, vi
 def child_specs(config: RunConfig, run_file: Path, queue_url: str) -> tuple[ChildSpec, ...]:
     """The processes of a run in the order they start: teachers, trainer, samplers."""
     specs = []
+    # The address may hold a password; a command line is for every user of the machine to read.
+    queue = {QUEUE_URL_VARIABLE: queue_url}
     for name, entry in config.teachers.items():
         if entry.address is None:
-            specs += [_replica(config, name, entry, index, queue_url) for index in range(entry.replicas)]
-    specs.append(ChildSpec("trainer", "trainer", ("train", str(run_file)), grace_seconds=120.0))
-    specs += [
-        ChildSpec(f"sampler-{index}", "sampler", ("rollout", str(run_file), "--name", f"sampler-{index}"))
-        for index in range(config.sampling.replicas)
-    ]
+            specs += [_replica(config, name, entry, index, queue) for index in range(entry.replicas)]
+    train = ("train", str(run_file))
+    specs.append(ChildSpec("trainer", "trainer", train, grace_seconds=120.0, environment=queue))
+    for name in (f"sampler-{index}" for index in range(config.sampling.replicas)):
+        rollout = ("rollout", str(run_file), "--name", name)
+        specs.append(ChildSpec(name, "sampler", rollout, environment=queue))
     return tuple(specs)
 
 
-def _replica(config: RunConfig, name: str, entry: TeacherEntry, index: int, queue_url: str) -> ChildSpec:
+def _replica(
+    config: RunConfig, name: str, entry: TeacherEntry, index: int, queue: Mapping[str, str]
+) -> ChildSpec:
     replica = f"{name}-{index}"
     arguments = [
         *(
@@ -124,8 +131,7 @@ def _replica(config: RunConfig, name: str, entry: TeacherEntry, index: int, queu
     if config.run.deterministic:
         arguments.append("--deterministic")
     arguments += spell_settings(entry.vllm)
-    # The address may hold a password; a command line is for every user of the machine to read.
-    environment = {QUEUE_URL_VARIABLE: queue_url}
+    environment = dict(queue)
     if config.threads is not None:
         if entry.engine == "vllm":
             environment["OMP_NUM_THREADS"] = str(config.threads)

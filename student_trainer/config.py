@@ -232,11 +232,14 @@ def parse_run_config(document: dict[str, Any], source: str = "run file") -> RunC
         raise RunFileError(source, describe_errors(RunConfig, error)) from error
 
 
-def load_run_config(path: Path, *, sampling_engine: str | None = None) -> RunConfig:
+def load_run_config(
+    path: Path, *, sampling_engine: str | None = None, queue_url: str | None = None
+) -> RunConfig:
     """Read a run file. Relative paths in it are relative to the working directory.
 
     Args:
         sampling_engine: takes the place of [sampling] engine.
+        queue_url: takes the place of [queue] url.
 
     Raises:
         RunFileError: the file is missing, is not TOML, or says something that cannot be.
@@ -249,6 +252,8 @@ def load_run_config(path: Path, *, sampling_engine: str | None = None) -> RunCon
         raise RunFileError(str(path), [f"not a TOML document: {error}"]) from error
     if sampling_engine is not None:
         _choose_engine(document, sampling_engine)
+    if queue_url is not None and isinstance(queue := document.setdefault("queue", {}), dict):
+        queue["url"] = queue_url
     return parse_run_config(document, str(path))
 
 

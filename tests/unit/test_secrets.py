@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import structlog
@@ -13,7 +14,6 @@ from launcher.doctor import check_queue
 from launcher.up import child_specs
 from services.logs import log_to_stderr
 from services.queue.connection import without_secrets
-from services.teacher.settings import TeacherSettings
 from student_trainer.config import load_run_config
 
 SECRET = "open-sesame"
@@ -59,19 +59,55 @@ def test_a_logged_traceback_shows_no_local_variable(capsys: pytest.CaptureFixtur
     assert printed.out == ""
 
 
-def test_up_gives_the_queue_to_a_teacher_through_the_environment(run_file: Path) -> None:
-    config = load_run_config(run_file)
-    (teacher,) = [spec for spec in child_specs(config, run_file, URL) if spec.role == "teacher"]
-    assert not any(SECRET in argument for argument in teacher.arguments)
-    assert URL in teacher.environment.values()
+def test_up_gives_the_queue_to_every_process_through_the_environment(run_file: Path) -> None:
+    specs = child_specs(load_run_config(run_file), run_file, URL)
+    assert {spec.role for spec in specs} == {"teacher", "trainer", "sampler"}
+    for spec in specs:
+        assert not any(SECRET in argument for argument in spec.arguments)
+        assert spec.environment["TUTELAGE_QUEUE_URL"] == URL
 
 
-def test_a_teacher_takes_the_queue_from_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[TeacherSettings] = []
-    monkeypatch.setattr("services.teacher.process.main", started.append)
-    ran = CliRunner().invoke(app, ["teacher", "--engine", "fake"], env={"TUTELAGE_QUEUE_URL": URL})
+COMMANDS = {
+    "teacher": ("services.teacher.process.main", ["teacher", "--engine", "fake"]),
+    "rollout": ("student_trainer.sampler.process.main", ["rollout", "RUN.toml"]),
+    "train": ("student_trainer.train.main", ["train", "RUN.toml"]),
+}
+
+
+@pytest.mark.parametrize("role", COMMANDS)
+@pytest.mark.parametrize("where", ["option", "environment", "file"])
+def test_a_process_takes_the_queue_from_outside_its_run_file(
+    role: str, where: str, run_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Any] = []
+    main, command = COMMANDS[role]
+    monkeypatch.setattr(main, lambda *arguments: started.append(arguments[0]))
+    other = "redis://:open-sesame@other:6379/0"
+    secret = run_file.with_name("queue-url")
+    secret.write_text(f"{other}\n")
+    given = {
+        "option": (["--queue", other], {"TUTELAGE_QUEUE_URL_FILE": str(secret.with_name("absent"))}),
+        "environment": ([], {"TUTELAGE_QUEUE_URL": other}),
+        "file": ([], {"TUTELAGE_QUEUE_URL": "", "TUTELAGE_QUEUE_URL_FILE": str(secret)}),
+    }
+    options, environment = given[where]
+    arguments = [argument.replace("RUN.toml", str(run_file)) for argument in command]
+    ran = CliRunner().invoke(app, [*arguments, *options], env=environment)
     assert ran.exit_code == 0, ran.output
-    assert [settings.queue_url for settings in started] == [URL]
+    (found,) = [settings.queue_url if role == "teacher" else settings.queue.url for settings in started]
+    assert found == other
+
+
+@pytest.mark.parametrize("content", [None, "", f"https://:{SECRET}@host"])
+def test_a_file_without_an_address_is_refused_in_one_line(content: str | None, run_file: Path) -> None:
+    secret = run_file.with_name("queue-url")
+    if content is not None:
+        secret.write_text(content)
+    environment = {"TUTELAGE_QUEUE_URL_FILE": str(secret)}
+    ran = CliRunner().invoke(app, ["train", str(run_file)], env=environment)
+    assert ran.exit_code == 2, ran.output
+    assert len(ran.stderr.splitlines()) == 1
+    assert SECRET not in ran.output
 
 
 async def test_doctor_names_the_queue_without_its_password(run_file: Path) -> None:
