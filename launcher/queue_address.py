@@ -12,15 +12,16 @@ QUEUE_URL_VARIABLE = "TUTELAGE_QUEUE_URL"
 QUEUE_URL_FILE_VARIABLE = "TUTELAGE_QUEUE_URL_FILE"
 
 
-def given_queue_url(option: str | None) -> str | None:
-    """`option` (which reads TUTELAGE_QUEUE_URL, too), else what TUTELAGE_QUEUE_URL_FILE names, else None.
+def given_queue_url(option: str | None = None) -> str | None:
+    """`option`, else TUTELAGE_QUEUE_URL, else what the file TUTELAGE_QUEUE_URL_FILE names holds, else None.
 
     Raises:
         TutelageError: INVALID_ARGUMENT when that file cannot be read or is empty.
     """
+    given = option or os.environ.get(QUEUE_URL_VARIABLE)
     path = os.environ.get(QUEUE_URL_FILE_VARIABLE)
-    if option or not path:
-        return option or None
+    if given or not path:
+        return given or None
     from tutelage_client.errors import invalid
 
     try:

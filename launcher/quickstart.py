@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tutelage_client.errors import TutelageError, invalid
 
 from launcher.doctor_checks import VLLM_MISSING
-from launcher.quickstart_models import TrainingFailedError, prepare_with_bars
+from launcher.quickstart_models import TrainingFailedError, name_models, prepare_with_bars
 from launcher.up import only_one, run_up
 from services.logs import log_to_stderr
 
@@ -104,14 +103,9 @@ def _config(recipe: str) -> RunConfig:
 
 def _prepare_models(config: RunConfig) -> Path:
     """Train or find both models and let the names that the recipes use point at them."""
-    names = {"teacher": Path(str(config.teachers["teacher"].model)), "student": Path(config.student.model)}
-    directory = names["teacher"].parent
-    for name, path in zip(names, prepare_with_bars(directory), strict=True):
-        temporary = directory / f".{name}.{os.getpid()}"
-        temporary.unlink(missing_ok=True)
-        temporary.symlink_to(path.name)
-        temporary.replace(names[name])
-    return names["teacher"]
+    teacher = Path(str(config.teachers["teacher"].model))
+    name_models(*prepare_with_bars(teacher.parent))
+    return teacher
 
 
 def _run(recipe: str, teacher: Path) -> Result | None:

@@ -63,6 +63,15 @@ def prepare(directory: Path, seed: int = 0, progress: ProgressCallback | None = 
     return paths["teacher"], paths["student"]
 
 
+def name_models(teacher: Path, student: Path) -> None:
+    """Let the names that the recipes use, `teacher` and `student` beside the models, point at them."""
+    for name, path in {"teacher": teacher, "student": student}.items():
+        temporary = path.with_name(f".{name}.{os.getpid()}")
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(path.name)
+        temporary.replace(path.with_name(name))
+
+
 def content_key(name: str, seed: int) -> str:
     """Twelve hex digits of a hash of everything that decides the weights."""
     settings = {"version": CONTENT_VERSION, "seed": seed, **asdict(RECIPES[name])}
@@ -171,7 +180,9 @@ def main() -> int:
         follow_parent()
         _train_one(arguments.only, arguments.seed, arguments.directory)
         return 0
-    for path in prepare_with_bars(arguments.directory, arguments.seed):
+    paths = prepare_with_bars(arguments.directory, arguments.seed)
+    name_models(*paths)
+    for path in paths:
         print(path)
     return 0
 

@@ -1,0 +1,83 @@
+"""Whether a process is well, for health checks of containers: exit status 0, or 1 and a line that says why.
+
+python -m launcher.health http://127.0.0.1:8081/ready
+python -m launcher.health RUN.toml --sampler NAME
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import http.client
+import ssl
+import sys
+from pathlib import Path
+from urllib.parse import urlsplit
+
+PATIENCE_SECONDS = 5.0
+
+
+def ask(url: str) -> str | None:
+    """What is wrong with the answer of an HTTP probe on this machine; None when it is well."""
+    address = urlsplit(url)
+    host, port = address.hostname or "127.0.0.1", address.port
+    connection: http.client.HTTPConnection
+    if address.scheme == "https":
+        # The process asks itself: what it presents need not carry the name of the loopback.
+        context = ssl._create_unverified_context()
+        connection = http.client.HTTPSConnection(host, port, timeout=PATIENCE_SECONDS, context=context)
+    else:
+        connection = http.client.HTTPConnection(host, port, timeout=PATIENCE_SECONDS)
+    try:
+        connection.request("GET", address.path or "/")
+        answer = connection.getresponse()
+        body = answer.read(200).decode(errors="replace").strip()
+    except (OSError, http.client.HTTPException) as error:
+        return f"{url}: {error}"
+    finally:
+        connection.close()
+    return None if answer.status == http.HTTPStatus.OK else f"{url}: {answer.status} {body}"
+
+
+async def look_for_sampler(run_file: Path, name: str, queue_url: str | None) -> str | None:
+    """A sampler listens nowhere; it says in the queue that it lives. None when it does."""
+    from tutelage_client.errors import TutelageError
+
+    from student_trainer.config import load_run_config
+    from student_trainer.run_queue import run_queue
+    from student_trainer.waiting import sampler_role
+
+    config = load_run_config(run_file, queue_url=queue_url)
+    queue = run_queue(config)
+    try:
+        await queue.open(PATIENCE_SECONDS)
+        living = await asyncio.wait_for(queue.alive(sampler_role(config.run.name)), PATIENCE_SECONDS)
+    except (TutelageError, TimeoutError) as error:
+        return f"queue: {error or 'no answer'}"
+    finally:
+        await queue.close()
+    return None if name in living else f"sampler {name!r} is not present in the queue"
+
+
+def main() -> int:
+    """Entry point of `python -m launcher.health`."""
+    from launcher.cli_errors import one_line_errors
+    from launcher.queue_address import given_queue_url
+
+    parser = argparse.ArgumentParser(description="Health check of a container.")
+    parser.add_argument("target", help="http:// or https:// address of a probe, or a run file")
+    parser.add_argument("--sampler", metavar="NAME", help="with a run file: the sampler to look for")
+    arguments = parser.parse_args()
+    if arguments.sampler is None:
+        problem = ask(arguments.target)
+    else:
+        with one_line_errors():
+            url = given_queue_url()
+            problem = asyncio.run(look_for_sampler(Path(arguments.target), arguments.sampler, url))
+    if problem is not None:
+        print(problem, file=sys.stderr)
+    return 0 if problem is None else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
