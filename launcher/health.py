@@ -2,6 +2,7 @@
 
 python -m launcher.health http://127.0.0.1:8081/ready
 python -m launcher.health RUN.toml --sampler NAME
+python -m launcher.health RUN.toml --trainer
 """
 
 from __future__ import annotations
@@ -39,8 +40,12 @@ def ask(url: str) -> str | None:
     return None if answer.status == http.HTTPStatus.OK else f"{url}: {answer.status} {body}"
 
 
-async def look_for_sampler(run_file: Path, name: str, queue_url: str | None) -> str | None:
-    """A sampler listens nowhere; it says in the queue that it lives. None when it does."""
+async def look_for(run_file: Path, sampler: str | None, queue_url: str | None) -> str | None:
+    """A process of a run says in the queue that it lives. None when it does.
+
+    Args:
+        sampler: its name; None looks for the trainer.
+    """
     from tutelage_client.errors import TutelageError
 
     from student_trainer.config import load_run_config
@@ -48,15 +53,17 @@ async def look_for_sampler(run_file: Path, name: str, queue_url: str | None) -> 
     from student_trainer.waiting import sampler_role
 
     config = load_run_config(run_file, queue_url=queue_url)
+    run = config.run.name
+    role, name = ("trainer", run) if sampler is None else (sampler_role(run), sampler)
     queue = run_queue(config)
     try:
         await queue.open(PATIENCE_SECONDS)
-        living = await asyncio.wait_for(queue.alive(sampler_role(config.run.name)), PATIENCE_SECONDS)
+        living = await asyncio.wait_for(queue.alive(role), PATIENCE_SECONDS)
     except (TutelageError, TimeoutError) as error:
         return f"queue: {error or 'no answer'}"
     finally:
         await queue.close()
-    return None if name in living else f"sampler {name!r} is not present in the queue"
+    return None if name in living else f"{role} {name!r} is not present in the queue"
 
 
 def main() -> int:
@@ -66,14 +73,15 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description="Health check of a container.")
     parser.add_argument("target", help="http:// or https:// address of a probe, or a run file")
-    parser.add_argument("--sampler", metavar="NAME", help="with a run file: the sampler to look for")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--sampler", metavar="NAME", help="with a run file: the sampler to look for")
+    which.add_argument("--trainer", action="store_true", help="with a run file: look for its trainer")
     arguments = parser.parse_args()
-    if arguments.sampler is None:
+    if arguments.sampler is None and not arguments.trainer:
         problem = ask(arguments.target)
     else:
         with one_line_errors():
-            url = given_queue_url()
-            problem = asyncio.run(look_for_sampler(Path(arguments.target), arguments.sampler, url))
+            problem = asyncio.run(look_for(Path(arguments.target), arguments.sampler, given_queue_url()))
     if problem is not None:
         print(problem, file=sys.stderr)
     return 0 if problem is None else 1

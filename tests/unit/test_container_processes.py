@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from launcher.finished import wait_for_end
-from launcher.health import ask, look_for_sampler
+from launcher.health import ask, look_for
 from launcher.quickstart_models import name_models
 from services.queue import Queue
 from student_trainer.waiting import sampler_role
@@ -80,16 +80,19 @@ async def test_a_sampler_is_well_while_it_is_present_in_the_queue(queue_url: str
     run_file = tmp_path / "run.toml"
     namespace = "watched-samplers"
     run_file.write_text(RUN_FILE.format(directory=tmp_path, namespace=namespace))
-    missing = "sampler 'one' is not present in the queue"
-    assert await look_for_sampler(run_file, "one", queue_url) == missing
+    missing = "sampler:watched 'one' is not present in the queue"
+    assert await look_for(run_file, "one", queue_url) == missing
     async with Queue(queue_url, namespace) as same:
         with same.presence(sampler_role("watched"), "one"):
             for _ in range(100):
-                if await look_for_sampler(run_file, "one", queue_url) is None:
+                if await look_for(run_file, "one", queue_url) is None:
                     break
                 await asyncio.sleep(0.05)
-            assert await look_for_sampler(run_file, "one", queue_url) is None
-            assert await look_for_sampler(run_file, "two", queue_url) is not None
+            assert await look_for(run_file, "one", queue_url) is None
+            assert await look_for(run_file, "two", queue_url) is not None
+            assert (
+                await look_for(run_file, None, queue_url) == "trainer 'watched' is not present in the queue"
+            )
 
 
 @pytest.mark.parametrize(
