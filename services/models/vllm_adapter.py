@@ -2,8 +2,8 @@
 
 What is used beyond its documented interface, and would have to be looked at for another minor
 version: `LLMEngine` without its engine-core process, the model registry's entries,
-`KVCacheManager.get_computed_blocks`, `PoolingParams.extra_kwargs`, `PoolingMetadata`,
-`LogitsProcessor(skip_gather=…)`, and `finalize_layerwise_reload`.
+`KVCacheManager.get_computed_blocks`, the zeroing of new blocks, `PoolingParams.extra_kwargs`,
+`PoolingMetadata`, `LogitsProcessor(skip_gather=…)`, and `finalize_layerwise_reload`.
 tests/contract/test_vllm_internals.py holds each of them.
 
 Nothing here imports vllm before it is needed: the environment that vLLM reads is set first.
@@ -123,6 +123,7 @@ class StepEngine:
         self._core: Any = self._engine.engine_core.engine_core
         if purpose == "score":
             _cap_prefix_hits(self._core.scheduler.kv_cache_manager)
+            self._empty_new_blocks()
         self.facts = self._facts(version)
 
     def add(self, request_id: str, prompt_ids: list[int], params: Any) -> None:
@@ -181,6 +182,20 @@ class StepEngine:
         """End the workers and release the memory."""
         self._engine.engine_core.shutdown()
         _leave_distributed()
+
+    def _empty_new_blocks(self) -> None:
+        """On a CPU, have every block of the KV cache zeroed before another sequence uses it.
+
+        Attention there multiplies what lies behind a sequence's end in its last block by zero, and
+        a NaN that an earlier sequence left would stay NaN. vLLM can do it, for models that always need it.
+        """
+        if self._engine.vllm_config.device_config.device_type != "cpu":
+            return
+        scheduler = self._core.scheduler
+        scheduler.needs_kv_cache_zeroing = True
+        for manager in scheduler.kv_cache_manager.coordinator.single_type_managers:
+            manager._record_new_block_ids = True
+        self._engine.collective_rpc(_zero_every_layer)
 
     @property
     def _runner(self) -> Any:
@@ -387,7 +402,20 @@ def _cap_prefix_hits(manager: Any) -> None:
     manager.get_computed_blocks = capped
 
 
-# Inside the workers: what the pooler is given, and the head.
+# Inside the workers: the KV cache, what the pooler is given, and the head.
+
+
+def _zero_every_layer(worker: Any) -> None:
+    """Let the CPU's model runner zero blocks of all attention layers; its own method knows full attention."""
+    runner = worker.model_runner
+
+    def zero(block_ids: list[int]) -> None:
+        chosen = torch.tensor(block_ids)
+        caches = [cache for cache in runner.kv_caches if isinstance(cache, Tensor)]
+        for cache in {cache.data_ptr(): cache for cache in caches}.values():
+            cache.index_fill_(0, chosen, 0)
+
+    runner._zero_block_ids = zero
 
 
 @dataclass(frozen=True)
