@@ -38,6 +38,13 @@ LIMITS = Limits(
     max_message_bytes=64 * 1024,
 )
 
+PROGRAM = """
+import sys
+from services.teacher.process import main
+from services.teacher.settings import TeacherSettings
+sys.exit(main(TeacherSettings.model_validate_json(sys.argv[1])))
+"""
+
 
 class RecordingScorer:
     """The fake engine, with a list of what reached it and a gate to hold answers back."""
@@ -109,20 +116,18 @@ def ids(*values: int) -> Int32Array:
 
 
 class TeacherProcess:
-    """A replica as a real process, with the fake engine unless told otherwise."""
+    """A replica as a real process, with the fake engine unless told otherwise.
 
-    def __init__(self, directory: Path, **settings: Any) -> None:
+    `program` is Python that takes the settings, as JSON, for its first argument.
+    """
+
+    def __init__(self, directory: Path, *, program: str = PROGRAM, **settings: Any) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self._ready_file = directory / "ready.json"
         self.log = directory / "teacher.log"
         service = {"grpc_port": 0, "http_port": 0, **settings.pop("service", {})}
         options = {"engine": "fake", "name": "fake", "ready_file": self._ready_file, **settings}
         document = TeacherSettings(**options, service=service).model_dump_json(exclude_defaults=True)
-        program = (
-            "import sys; from services.teacher.process import main; "
-            "from services.teacher.settings import TeacherSettings; "
-            "sys.exit(main(TeacherSettings.model_validate_json(sys.argv[1])))"
-        )
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", program, document],
