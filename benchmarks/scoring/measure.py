@@ -23,7 +23,9 @@ class Contestant:
     """What was measured of one peer on one workload."""
 
     rates: list[float] = field(default_factory=list)  # positions/s of each round
+    cpu_seconds: float = 0.0  # of its processes, in all rounds; an asking client's are not among them
     parse_share: float = 0.0  # of the time, spent by the client on turning the answer into arrays
+    positions: int = 0  # of all rounds
     request_bytes: int = 0
     answer_bytes: int = 0
     tokens_computed: int = 0
@@ -70,9 +72,11 @@ def measure(
         for peer in peers:
             announce(f"{workload.name}  round {number + 1}/{rounds}  {peer.name}")
             resting = [other for other in peers if other is not peer]
-            worked, began = sum(other.process.cpu_seconds() for other in resting), time.perf_counter()
+            rested, began = sum(other.process.cpu_seconds() for other in resting), time.perf_counter()
+            worked = peer.process.cpu_seconds()
             _take_turn(workload, peer, contestants[peer.name], seeds)
-            spent = sum(other.process.cpu_seconds() for other in resting) - worked
+            contestants[peer.name].cpu_seconds += peer.process.cpu_seconds() - worked
+            spent = sum(other.process.cpu_seconds() for other in resting) - rested
             shares.append(spent / (time.perf_counter() - began))
     for peer in peers:
         growth = peer.process.peak_bytes() - before[peer.name]
@@ -108,6 +112,7 @@ def _take_turn(workload: Workload, peer: Peer, contestant: Contestant, seeds: It
         seconds += reply.seconds
         parsing += reply.parse_seconds
         positions += batch.positions
+        contestant.positions += batch.positions
         contestant.request_bytes, contestant.answer_bytes = reply.request_bytes, reply.answer_bytes
         contestant.tokens_computed += reply.tokens_computed
         contestant.tokens_reused += reply.tokens_reused

@@ -70,6 +70,7 @@ def record_workload(measured: Measured) -> None:
             "bytes_per_position": ours.answer_bytes / workload.positions,
             "request_bytes_per_position": ours.request_bytes / workload.positions,
             "memory_growth_bytes": ours.memory_growth,
+            "cpu_microseconds_per_position": 1e6 * ours.cpu_seconds / ours.positions,
             "tokens_computed": ours.tokens_computed,
             "tokens_reused": ours.tokens_reused,
             "reuse": ours.reuse,
@@ -80,7 +81,10 @@ def record_workload(measured: Measured) -> None:
     for peer_name, peer in measured.contestants.items():
         if peer_name == OURS:
             continue
-        extra: dict[str, Any] = {"memory_growth_bytes": peer.memory_growth}
+        extra: dict[str, Any] = {
+            "memory_growth_bytes": peer.memory_growth,
+            "cpu_microseconds_per_position": 1e6 * peer.cpu_seconds / peer.positions,
+        }
         if peer.parse_share:
             extra["parse_share"] = peer.parse_share
         if peer.answer_bytes:
