@@ -33,13 +33,18 @@ class Head:
         bias = None if self.bias is None else self.bias.to(dtype)
         return Head(self.weight.to(dtype), bias, self.scale, self.softcap)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [N, H] to logits [N, V], in the head's dtype."""
-        logits = torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """hidden [N, H] to logits [N, V], in the head's dtype; without gradients they may go to `out`."""
+        hidden, weight = hidden.to(self.weight.dtype), self.weight.t()
+        if self.bias is None:
+            logits = torch.mm(hidden, weight, out=out)
+        else:
+            logits = torch.addmm(self.bias, hidden, weight, out=out)
         if self.scale != 1.0:
-            logits = logits * self.scale
+            logits = torch.mul(logits, self.scale, out=out)
         if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
+            logits = torch.tanh(torch.div(logits, self.softcap, out=out), out=out)
+            logits = torch.mul(logits, self.softcap, out=out)
         return logits
 
 

@@ -1,14 +1,16 @@
 """All signals of the scored rows in one pass over the head, a chunk of rows at a time.
 
-[positions, vocabulary] never exists: one chunk of logits does. Everything is taken relative to
-the row's largest logit, so temperatures and large logits lose no precision.
+[positions, vocabulary] never exists: one chunk of logits does, and beside it one slice that stays
+in the processor's cache. Everything is taken relative to the row's largest logit, so temperatures
+and large logits lose no precision.
 Shapes: N scored rows, C candidate ids, K top ids, V vocabulary.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+import math
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +19,18 @@ from torch import Tensor
 from tutelage_client.types import PAD_ID
 
 from services.models.head import Head
+from services.teacher.engines.top_k import top_k
 
-ROWS = 256
+ROWS = 256  # with fewer, reading the head's weight costs more than using it
+CACHED = 2**20  # logits that are reduced at a time: 4 MiB
+
+
+def rows_for(vocab: int) -> int:
+    """Rows in a chunk: 4 MiB of logits, so that a small vocabulary does not pay for many small chunks.
+
+    Never fewer than ROWS: 256 rows of 151,936 logits are 148 MiB. Peak memory grows by two chunks at most.
+    """
+    return max(ROWS, CACHED // vocab)
 
 
 @dataclass(frozen=True)
@@ -68,7 +80,6 @@ class ScoringHead:
     """Turns hidden rows into scores; `head` decides the type in which logits are computed."""
 
     head: Head
-    rows: int = ROWS
 
     def score(
         self, hidden: Tensor, rows: Tensor, targets: Tensor, candidates: Tensor | None, signal: RowSignal
@@ -76,12 +87,17 @@ class ScoringHead:
         """Score hidden[rows] (hidden [T, H], rows [N]) for targets [N] and candidates [N, C], PAD_ID pads."""
         # Results are written into arrays made beforehand: small results kept between two chunks
         # would split the holes that big ones leave in the heap, and the heap would grow.
+        # The chunks share one array of logits too: new pages cost more than the pass over them.
         whole = _empty(rows.shape[0], signal, hidden.device)
-        for start in range(0, rows.shape[0], self.rows):
-            part = slice(start, start + self.rows)
-            logits = self.head.logits(hidden.index_select(0, rows[part])).float()
+        weight = self.head.weight
+        size = min(rows_for(self.head.vocab_size), rows.shape[0])
+        logits = torch.empty(size, self.head.vocab_size, dtype=weight.dtype, device=weight.device)
+        for start in range(0, rows.shape[0], size):
+            part = slice(start, start + size)
+            taken = hidden.index_select(0, rows[part])
+            self.head.logits(taken, out=logits[: len(taken)])
             wanted = None if candidates is None else candidates[part]
-            for name, scores in score_logits(logits, targets[part], wanted, signal).items():
+            for name, scores in score_logits(logits[: len(taken)], targets[part], wanted, signal).items():
                 whole[name][part] = scores
         return RowScores(**{name: tensor.cpu().numpy() for name, tensor in whole.items()})
 
@@ -107,13 +123,19 @@ def score_logits(
     signal: RowSignal,
     shard: VocabShard | None = None,
 ) -> dict[str, Tensor]:
-    """Signals of one chunk of float32 logits [n, V], which are overwritten.
+    """Signals of one chunk of logits [n, V] of any float type, which may be overwritten.
 
     With z = (logits − max) / temperature: log-probability z − log Σ eᶻ, entropy log Σ eᶻ − Σ eᶻ z / Σ eᶻ.
     With a `shard`, logits are this rank's columns, ids stay global, and every rank gets the same scores.
     """
     wanted = targets[:, None] if candidates is None else torch.cat([targets[:, None], candidates], dim=1)
-    sums = _reduce(logits, wanted, signal, shard)
+    # A device has bandwidth for the whole chunk and would wait for many small calls.
+    step = len(logits) if logits.is_cuda else max(1, CACHED // max(1, logits.shape[1]))
+    start = None if shard is None else shard.start
+    sums = _join([
+        _reduce(logits[row : row + step].float(), wanted[row : row + step], signal, start)
+        for row in range(0, len(logits), step)
+    ])  # fmt: skip
     if shard is not None:
         sums = _combine(sums, shard, signal)
 
@@ -147,34 +169,48 @@ class _Sums:
     top_ids: Tensor | None  # like top_logits, int32
 
 
-def _reduce(logits: Tensor, wanted: Tensor, signal: RowSignal, shard: VocabShard | None) -> _Sums:
-    """Of all columns at hand, which are overwritten."""
+def _reduce(logits: Tensor, wanted: Tensor, signal: RowSignal, start: int | None) -> _Sums:
+    """Of all columns at hand, which are overwritten; `start` is their first id, None without other ranks."""
     top_logits = top_ids = moment = None
-    if shard is None:
+    if start is None:
         chosen = logits.gather(1, wanted.clamp(min=0))
     else:
         if not logits.shape[1]:  # a rank that holds nothing but padding of the vocabulary
             logits = logits.new_full((logits.shape[0], 1), -torch.inf)
-        place = wanted - shard.start
+        place = wanted - start
         elsewhere = (place < 0) | (place >= logits.shape[1])
         chosen = logits.gather(1, place.masked_fill(elsewhere, 0)).masked_fill(elsewhere, -torch.inf)
     if signal.top_k:
-        k = signal.top_k if shard is None else min(signal.top_k, logits.shape[1])
-        top_logits, top_ids = logits.topk(k, dim=-1)
-        top_ids = (top_ids + (0 if shard is None else shard.start)).to(torch.int32)
-    largest = logits.amax(dim=-1)
-    # Relative to 0 where no logit is possible at all: −inf − −inf has no value.
-    centre = largest if shard is None else largest.masked_fill(largest == -torch.inf, 0.0)
-    centred = logits.sub_(centre[:, None])
-    if signal.temperature != 1.0:
-        centred.div_(signal.temperature)
-    if signal.entropy:
-        weights = centred.exp()
-        # A logit of −inf has no weight; bounded, it contributes 0 instead of 0 · inf.
-        moment = torch.linalg.vecdot(weights, centred.clamp_(min=-1e30))
+        k = signal.top_k if start is None else min(signal.top_k, logits.shape[1])
+        top_logits, places = top_k(logits, k)
+        top_ids = (places + (start or 0)).to(torch.int32)
+        largest = top_logits[:, 0]
     else:
-        weights = centred.exp_()
+        largest = logits.amax(dim=-1)
+    # Relative to 0 where no logit is possible at all: −inf − −inf has no value.
+    centre = largest if start is None else largest.masked_fill(largest == -torch.inf, 0.0)
+    # In powers of two, which are a third of the price; divided after centring, where large logits
+    # have not lost their last digits.
+    centred = logits.sub_(centre[:, None]).mul_(1 / (signal.temperature * math.log(2)))
+    if signal.entropy:
+        weights = centred.exp2()
+        # A logit of −inf has no weight; bounded, it contributes 0 instead of 0 · inf.
+        moment = torch.linalg.vecdot(weights, centred.clamp_(min=-1e30)).mul_(math.log(2))
+    else:
+        weights = centred.exp2_()
     return _Sums(largest, weights.sum(dim=-1), moment, chosen, top_logits, top_ids)
+
+
+def _join(parts: list[_Sums]) -> _Sums:
+    """Of all rows, from those of one slice after another."""
+
+    def whole(name: str) -> Any:
+        column = [getattr(part, name) for part in parts]
+        return None if column[0] is None else torch.cat(column)
+
+    return (
+        parts[0] if len(parts) == 1 else _Sums(**{field.name: whole(field.name) for field in fields(_Sums)})
+    )
 
 
 def _combine(own: _Sums, shard: VocabShard, signal: RowSignal) -> _Sums:
