@@ -68,6 +68,31 @@ async def test_group_travels_from_order_to_acknowledgement(queue: Queue) -> None
     assert (stats.queued_tokens, stats.scored, stats.jobs.in_flight, stats.jobs.consumers) == (0, 1, 0, 0)
 
 
+async def test_an_autoscaler_sees_lag_before_the_first_replica_and_pending_while_one_works(
+    queue_url: str, queue: Queue
+) -> None:
+    """What KEDA's redis-streams scaler asks for, with the names of its trigger."""
+    stream, group = queue.keys.jobs(TEACHER).stream, "replicas"
+    with redis.Redis.from_url(queue_url) as client:
+
+        def seen() -> tuple[int | None, int]:
+            lags = {info["name"].decode(): info["lag"] for info in client.xinfo_groups(stream)}  # type: ignore[union-attr]
+            return lags[group], client.xpending(stream, group)["pending"]  # type: ignore[index]
+
+        for index in range(3):
+            await submit(queue, index)
+            assert seen() == (index + 1, 0)
+        async with queue.jobs(TEACHER, "replica") as worker:
+            claims = [await take(worker) for _ in range(3)]
+            assert seen() == (0, 3)
+            for claim in claims:
+                assert await worker.commit(claim, make_scores("big"))
+        await queue.trim(teachers=[TEACHER])
+        assert seen() == (0, 0)
+        await submit(queue, 3)
+        assert seen() == (1, 0)
+
+
 async def test_group_without_views_goes_straight_to_the_trainer(queue: Queue) -> None:
     group = make_group(RUN, 0)
     assert await queue.submit_group(group, []) is Submitted.QUEUED

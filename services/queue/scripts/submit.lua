@@ -9,6 +9,7 @@ local limit, deadline, traceparent = tonumber(ARGV[6]), ARGV[7], ARGV[8]
 local order_entry, order_consumer = ARGV[9], ARGV[10]
 local group, submitted = KEYS[4], KEYS[5]
 local FIRST_KEY, FIRST_ARG = 6, 11
+local JOBS_GROUP = 'replicas'  -- as keys.py names it
 local views = (#ARGV - FIRST_ARG + 1) / 3
 
 if order_entry ~= '' then
@@ -41,6 +42,9 @@ for i = 0, views - 1 do
   local entry = {'group', group_id, 'view', view, 'run', run, 'tokens', tokens}
   if deadline ~= '' then entry[#entry + 1] = 'deadline'; entry[#entry + 1] = deadline end
   if traceparent ~= '' then entry[#entry + 1] = 'traceparent'; entry[#entry + 1] = traceparent end
+  -- Made with the stream and not by the first replica: what waits must be known while there is none,
+  -- or an autoscaler that asks for the group's lag would never start one.
+  if redis.call('EXISTS', jobs) == 0 then redis.call('XGROUP', 'CREATE', jobs, JOBS_GROUP, '0', 'MKSTREAM') end
   redis.call('XADD', jobs, '*', unpack(entry))
   redis.call('HINCRBY', load, 'queued_tokens', tokens)
 end
