@@ -138,7 +138,15 @@ def rollout(
 
 
 @app.command(rich_help_panel=PIECES)
-def train(run_file: RunFile, *, queue: QueueUrl = None) -> None:
+def train(
+    run_file: RunFile,
+    *,
+    queue: QueueUrl = None,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(help="Port of /health and /metrics, instead of the run file's.", show_default=False),
+    ] = None,
+) -> None:
     """Train the student of a run, continuing from its newest checkpoint.
 
     [bold]Example[/bold]
@@ -148,7 +156,7 @@ def train(run_file: RunFile, *, queue: QueueUrl = None) -> None:
     with one_line_errors():
         from student_trainer.config import load_run_config
 
-        config = load_run_config(run_file, queue_url=given_queue_url(queue))
+        config = load_run_config(run_file, queue_url=given_queue_url(queue), metrics_port=metrics_port)
         from student_trainer.train import main as trainer
 
         raise typer.Exit(trainer(config))

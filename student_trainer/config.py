@@ -233,13 +233,18 @@ def parse_run_config(document: dict[str, Any], source: str = "run file") -> RunC
 
 
 def load_run_config(
-    path: Path, *, sampling_engine: str | None = None, queue_url: str | None = None
+    path: Path,
+    *,
+    sampling_engine: str | None = None,
+    queue_url: str | None = None,
+    metrics_port: int | None = None,
 ) -> RunConfig:
     """Read a run file. Relative paths in it are relative to the working directory.
 
     Args:
         sampling_engine: takes the place of [sampling] engine.
         queue_url: takes the place of [queue] url.
+        metrics_port: takes the place of [training] metrics_port.
 
     Raises:
         RunFileError: the file is missing, is not TOML, or says something that cannot be.
@@ -252,8 +257,12 @@ def load_run_config(
         raise RunFileError(str(path), [f"not a TOML document: {error}"]) from error
     if sampling_engine is not None:
         _choose_engine(document, sampling_engine)
-    if queue_url is not None and isinstance(queue := document.setdefault("queue", {}), dict):
-        queue["url"] = queue_url
+    for section, key, value in (
+        ("queue", "url", queue_url),
+        ("training", "metrics_port", metrics_port),
+    ):
+        if value is not None and isinstance(table := document.setdefault(section, {}), dict):
+            table[key] = value
     return parse_run_config(document, str(path))
 
 

@@ -42,6 +42,11 @@ def main(config: RunConfig) -> int:
         TutelageError: the run cannot go on; says what is wrong.
     """
     log_to_stderr()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise TutelageError(
+            "FAILED_PRECONDITION",
+            "WORLD_SIZE: torchrun started several processes; a run has one trainer, which is one process",
+        )
     _configure_torch(config)
     asyncio.run(_train(config))
     return 0

@@ -145,6 +145,17 @@ def test_vllm_settings_of_a_run_file_reach_the_replica_that_up_starts(
     assert spec.environment["OMP_NUM_THREADS"] == "3"
 
 
+def test_torchrun_with_several_processes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would be several trainers of one run."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    run_file = tmp_path / "run.toml"
+    run_file.write_text(RUN_FILE + f"\n[run]\ndirectory = '{tmp_path / 'run'}'\n")
+    ran = tutelage("train", str(run_file))
+    assert ran.exit_code == 2, ran.output
+    assert "WORLD_SIZE" in ran.stderr
+    assert not (tmp_path / "run").exists()
+
+
 RUN_FILE = """
 [student]
 model = "student"

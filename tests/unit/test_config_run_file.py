@@ -181,6 +181,19 @@ def test_the_command_line_chooses_another_sampling_engine(tmp_path: Path) -> Non
         load_run_config(path, sampling_engine="vllm")
 
 
+def test_the_command_line_chooses_another_queue_and_port(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(MINIMAL)
+    config = load_run_config(path, queue_url="redis://elsewhere", metrics_port=8082)
+    assert (config.queue.url, config.training.metrics_port) == ("redis://elsewhere", 8082)
+    for arguments in ({"queue_url": "http://no"}, {"metrics_port": -1}):
+        with pytest.raises(RunFileError):
+            load_run_config(path, **arguments)  # type: ignore[arg-type]
+    path.write_text("queue = 3\n")
+    with pytest.raises(RunFileError, match="queue"):
+        load_run_config(path, queue_url="redis://elsewhere")
+
+
 def test_reward_alone_needs_no_teacher(tmp_path: Path) -> None:
     text = MINIMAL.replace('[teachers.large]\nmodel = "models/teacher"', "[sampling]\nsamples_per_prompt = 4")
     assert load(tmp_path, text.replace("thinking-machines", "grpo")).teachers == {}
