@@ -30,6 +30,7 @@ class Shape:
     window: int = 4
     layers: int = 2
     vocab: int = VOCAB
+    positions: int = 2048
     layer_scaled_attention: bool = True  # GPT-2's option
 
     @property
@@ -52,7 +53,7 @@ def _common(shape: Shape) -> dict[str, Any]:
         "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.kv_heads,
         "head_dim": shape.head_dim,
-        "max_position_embeddings": 2048,
+        "max_position_embeddings": shape.positions,
         "initializer_range": 0.3,
         "bos_token_id": 0,
         "eos_token_id": 1,
@@ -73,7 +74,7 @@ def _gpt2(shape: Shape) -> Any:
         n_embd=shape.hidden,
         n_layer=shape.layers,
         n_head=shape.heads,
-        n_positions=2048,
+        n_positions=shape.positions,
         initializer_range=0.3,
         bos_token_id=0,
         eos_token_id=1,
