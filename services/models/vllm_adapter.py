@@ -475,6 +475,7 @@ class SlicedHead:
             raise ValueError(f"{type(model).__name__} has no single language-model head that vLLM computes")
         self._compute: Callable[[Tensor], Tensor] = model.compute_logits  # type: ignore[assignment]
         self._lm_head: Any = None
+        self.vocab_size = int(processors[0].org_vocab_size)  # of all ranks
         processors[0].register_forward_pre_hook(self._stop_before_gathering, with_kwargs=True)
 
     def _stop_before_gathering(self, _module: nn.Module, args: Any, kwargs: Any) -> Any:

@@ -1,11 +1,23 @@
-"""The largest k of rows by way of block maxima are exactly those of torch.topk."""
+"""The largest k of rows, by block maxima and by numpy's partition, are exactly those of torch.topk."""
+
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from services.teacher.engines import top_k as module
 from services.teacher.engines.top_k import BLOCK, WORTHWHILE, top_k
+
+
+@pytest.fixture(autouse=True, scope="module", params=["numpy", "torch"])
+def short_rows(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Short rows go to one or the other, however few and whatever the number of threads."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "MANY", 1)
+        patch.setattr(module, "FEW_THREADS", 10**6 if request.param == "numpy" else 0)
+        yield
 
 
 def assert_largest(x: torch.Tensor, k: int) -> None:
@@ -71,3 +83,23 @@ def test_nan_comes_first_wherever_it_is() -> None:
 
 def test_columns_of_a_wider_array() -> None:
     assert_largest(rows(3000, seed=0)[:, 11:2500], 9)
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_numpy_answers_rows_with_a_border_and_no_others(ordered: bool) -> None:
+    x = rows(512, seed=0)
+    assert module._partitioned(x, 64, ordered=ordered) is not None
+    tied, infinite, not_a_number = x.clone(), x.clone(), x.clone()
+    tied[1] = 1.0
+    infinite[2] = -torch.inf
+    infinite[2, :3] = 1.0
+    not_a_number[0, 7] = torch.nan
+    for unsuitable in (tied, infinite, not_a_number):
+        assert module._partitioned(unsuitable, 64, ordered=ordered) is None
+
+
+def test_a_tie_in_one_row_and_a_missing_place_in_another_do_not_cancel() -> None:
+    x = torch.tensor([[3.0, 2.0, 2.0, 1.0], [4.0, 3.0, torch.nan, 1.0]])
+    assert_largest(x[:1], 2)
+    values, _ = top_k(x, 2)
+    assert values[1].isnan().any()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.pooler.abstract import Pooler
 
 from services.models.vllm_adapter import SlicedHead, StepRow, TensorParallelShard, read_step
-from services.teacher.engines.scoring_head import ROWS, RowSignal, score_logits
+from services.teacher.engines.scoring_head import RowSignal, rows_for, score_logits
 from services.teacher.engines.vllm.packing import Columns, Wanted
 
 # The largest buffers that a step can ask for are made while vLLM measures memory.
@@ -53,15 +53,16 @@ class ScoringPooler(Pooler):  # type: ignore[misc]
         if not groups:
             return
         rows = torch.from_numpy(np.concatenate([group.hidden_rows for group in groups])).to(hidden.device)
-        for start in range(0, rows.shape[0], ROWS):
-            logits = self._head.logits(hidden.index_select(0, rows[start : start + ROWS])).float()
+        size = rows_for(self._head.vocab_size)
+        for start in range(0, rows.shape[0], size):
+            logits = self._head.logits(hidden.index_select(0, rows[start : start + size]))
             for group in groups:
                 group.score(logits, start, self._head.shard)
             del logits  # before the next chunk is made
 
     def _profile(self, hidden: Tensor, requests: int) -> list[Tensor | None]:
         """What a full chunk of rows needs, so that vLLM leaves room for it."""
-        count = min(ROWS, hidden.shape[0])
+        count = min(rows_for(self._head.vocab_size), hidden.shape[0])
         zeros = np.zeros(count, dtype=np.int32)
         part = _Part(0, Wanted(0, zeros, None, _PROFILED), first=0, count=count, hidden=0)
         self._score(hidden, _groups([part], hidden.device))
