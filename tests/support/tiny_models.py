@@ -128,7 +128,9 @@ PACKABLE: dict[str, Callable[[Shape], Any]] = {
     "qwen3_moe": _qwen3_moe,
     "mixtral": lambda shape: transformers.MixtralConfig(**_common(shape), **_MOE),
     "cohere": lambda shape: transformers.CohereConfig(**_no_head_dim(shape)),
-    "granite": lambda shape: transformers.GraniteConfig(**_no_head_dim(shape), logits_scaling=3.0),
+    "granite": lambda shape: transformers.GraniteConfig(
+        **_no_head_dim(shape), logits_scaling=3.0, attention_multiplier=0.2
+    ),
     "gpt_oss": lambda shape: transformers.GptOssConfig(**_common(shape), **_MOE, sliding_window=shape.window),
     "gpt_neox": _gpt_neox,
 }

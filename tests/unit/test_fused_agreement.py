@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -11,249 +9,20 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from torch import Tensor
+from support.objective_cases import (
+    FIXED,
+    ROWS,
+    Case,
+    head_logprobs,
+    make_case,
+    pathwise_rows,
+    to_dtype,
+)
 
 from student_trainer.objective import fused
-from student_trainer.objective import loss as loss_module
-from student_trainer.objective.compile import Plan, compile_plan
-from student_trainer.objective.loss import Head, TokenBatch, ViewTensors, objective_loss
+from student_trainer.objective.compile import compile_plan
+from student_trainer.objective.loss import Head, TokenBatch, objective_loss
 from student_trainer.objective.settings import ObjectiveSettings
-
-DIVERGENCES = [("kl_student_teacher", None), ("kl_teacher_student", None), ("jsd", 0.5), ("jsd", 0.1)]
-TAILS = ["raw", "stop_gradient", "renormalise", "bucket"]
-NONE: dict[str, Any] = {"kind": "none"}
-CAPPED: dict[str, Any] = {"kind": "importance", "cap": 1.3}
-PPO: dict[str, Any] = {"kind": "ppo", "clip": 0.2, "dual_clip": 1.5}
-
-
-def sampled_rows() -> list[dict[str, Any]]:
-    plain = [
-        {"divergence": name, "beta": beta, "correction": correction, "mix": mix}
-        for name, beta in DIVERGENCES
-        for correction in (NONE, CAPPED, PPO)
-        for mix in ("replace", "add")
-    ]
-    return [*plain, {"mix": "route"}, {"mix": "add", "distill_coefficient": 0.0, "correction": PPO}]
-
-
-def pathwise_rows() -> list[dict[str, Any]]:
-    truncated = [
-        {"divergence": name, "beta": beta, "support": support, "tail": tail, "correction": correction}
-        for name, beta in DIVERGENCES
-        for support in ("teacher_topk", "student_topk", "union")
-        for tail in TAILS
-        for correction in (NONE, CAPPED)
-    ]
-    full = [
-        {"divergence": name, "beta": beta, "support": "full", "correction": correction, "mix": mix}
-        for name, beta in DIVERGENCES
-        for correction, mix in ((NONE, "replace"), (CAPPED, "replace"), (PPO, "add"), (NONE, "route"))
-    ]
-    mixed = [
-        {"support": "teacher_topk", "tail": tail, "mix": mix} for tail in TAILS for mix in ("add", "route")
-    ]
-    return [{"estimator": "pathwise", **row} for row in (*truncated, *full, *mixed)]
-
-
-ROWS = sampled_rows() + pathwise_rows()
-
-
-@dataclass
-class Case:
-    """One random problem; shapes: T positions, H hidden, V vocabulary, K ids."""
-
-    plan: Plan
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    softcap: float | None
-    scale: float
-    batch: TokenBatch
-    teacher_hidden: Tensor | None
-    teacher_head: Head | None
-    chunk_rows: int
-    tile_columns: int
-
-    def fused(self) -> tuple[Tensor, dict[str, float], list[Tensor | None]]:
-        leaves = self.leaves()
-        with patch.object(loss_module, "CPU_TILE_COLUMNS", self.tile_columns):
-            out = objective_loss(
-                *leaves,
-                self.batch,
-                self.plan,
-                softcap=self.softcap,
-                scale=self.scale,
-                teacher_hidden=self.teacher_hidden,
-                teacher_head=self.teacher_head,
-                chunk_rows=self.chunk_rows,
-            )
-        (1.7 * out.loss).backward()
-        return out.loss.detach(), out.metrics, [None if leaf is None else leaf.grad for leaf in leaves]
-
-    def plain(self) -> tuple[Tensor, list[Tensor | None]]:
-        leaves = self.leaves()
-        hidden, weight, bias = leaves
-        log_p = head_logprobs(Head(weight, bias, self.softcap, self.scale), hidden, self.plan.temperature)
-        log_q = None
-        if self.teacher_hidden is not None and self.teacher_head is not None:
-            log_q = head_logprobs(self.teacher_head, self.teacher_hidden, self.plan.temperature)
-        rows = [
-            self.batch.weight[t]
-            * plain_row(self.plan, self.batch, t, log_p[t], None if log_q is None else log_q[t])
-            for t in range(len(hidden))
-            if self.batch.mask[t]
-        ]
-        loss = torch.stack(rows).sum() if rows else (hidden * 0).sum()
-        (1.7 * loss).backward()
-        return loss.detach(), [
-            None if leaf is None else (torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
-            for leaf in leaves
-        ]
-
-    def leaves(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        made = [
-            None if x is None else x.clone().requires_grad_() for x in (self.hidden, self.weight, self.bias)
-        ]
-        return made[0], made[1], made[2]  # type: ignore[return-value]
-
-
-def head_logprobs(head: Head, hidden: Tensor, temperature: float) -> Tensor:
-    logits = head.scale * (hidden @ head.weight.t() + (0 if head.bias is None else head.bias))
-    if head.softcap is not None:
-        logits = head.softcap * torch.tanh(logits / head.softcap)
-    return (logits / temperature).log_softmax(-1)
-
-
-def plain_row(plan: Plan, batch: TokenBatch, t: int, log_p: Tensor, log_q: Tensor | None) -> Tensor:
-    y = batch.sampled_ids[t]
-    log_ratio = log_p[y] - batch.behaviour_logprobs[t]
-    reward = batch.reward_advantage[t] if plan.needs_reward and batch.reward_advantage is not None else None
-    by_reward = plan.mix == "route" and reward is not None and bool(reward != 0)
-    distill = 0.0 if by_reward or not plan.needs_teacher else plan.distill_coefficient
-    paid = 0.0 if reward is None else plan.reward_coefficient * reward
-    if plan.estimator == "score_function":
-        advantage = paid
-        if distill:
-            u = (batch.views["teacher"].sampled[t] - batch.behaviour_logprobs[t]).exp()  # type: ignore[index]
-            advantage = advantage + distill * sampled_advantage(plan, u)
-        return plain_surrogate(plan, log_p[y], log_ratio, advantage)
-    value = torch.zeros_like(log_p[y])
-    if distill:
-        value = distill * plain_divergence(plan, batch, t, log_p, log_q)
-        if plan.correction.kind == "importance":
-            value = value * log_ratio.detach().exp().clamp(max=plan.correction.cap)
-    if reward is None:
-        return value
-    return value + plain_surrogate(plan, log_p[y], log_ratio, paid)
-
-
-def sampled_advantage(plan: Plan, u: Tensor) -> Tensor:
-    if plan.divergence == "kl_student_teacher":
-        return u.log()
-    return (
-        u - 1
-        if plan.divergence == "kl_teacher_student"
-        else (1 - plan.beta) * (plan.beta * u + 1 - plan.beta).log()
-    )
-
-
-def plain_surrogate(plan: Plan, log_p: Tensor, log_ratio: Tensor, advantage: Any) -> Tensor:
-    ratio = log_ratio.exp()
-    if plan.correction.kind == "none":
-        return -advantage * log_p
-    if plan.correction.kind == "importance":
-        kept = ratio.detach().clamp(max=plan.correction.cap)
-        return -(kept / ratio.detach()) * ratio * advantage
-    clipped = torch.maximum(-ratio * advantage, -ratio.clamp(0.8, 1.2) * advantage)
-    return torch.minimum(clipped, -1.5 * torch.as_tensor(advantage)) if advantage < 0 else clipped
-
-
-def plain_divergence(plan: Plan, batch: TokenBatch, t: int, log_p: Tensor, log_q: Tensor | None) -> Tensor:
-    if log_q is not None:
-        return divergence(plan, log_p, log_q).sum()
-    view = batch.views["teacher"]
-    keep = view.support_ids[t] >= 0  # type: ignore[index]
-    s, q = log_p[view.support_ids[t][keep]], view.support_logprobs[t][keep]  # type: ignore[index]
-    if plan.tail == "renormalise":
-        s, q = s.log_softmax(-1), q.log_softmax(-1)
-    if plan.tail == "bucket":
-        s, q = (
-            torch.cat([x, torch.log(-torch.expm1(x.logsumexp(-1, keepdim=True).clamp(max=-1e-7)))])
-            for x in (s, q)
-        )
-    if plan.tail == "stop_gradient":
-        if plan.divergence == "kl_student_teacher":
-            return -(s.exp() * (q - s.detach())).sum()
-        if plan.divergence == "kl_teacher_student":
-            return (q.exp() * (q - s) + s.exp() - s.detach().exp()).sum()
-    return divergence(plan, s, q).sum()
-
-
-def divergence(plan: Plan, s: Tensor, t: Tensor) -> Tensor:
-    if plan.divergence == "kl_student_teacher":
-        return s.exp() * (s - t)
-    if plan.divergence == "kl_teacher_student":
-        return t.exp() * (t - s)
-    m = (plan.beta * t.exp() + (1 - plan.beta) * s.exp()).log()
-    return plan.beta * t.exp() * (t - m) + (1 - plan.beta) * s.exp() * (s - m)
-
-
-def make_case(seed: int, row: dict[str, Any], shape: dict[str, Any]) -> Case:
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator, dtype=torch.float64)
-
-    rows, hidden_size, vocabulary, k = shape["T"], shape["H"], shape["V"], min(shape["K"], shape["V"])
-    chosen = {name: value for name, value in row.items() if value is not None}
-    if chosen.get("support") in ("teacher_topk", "student_topk", "union"):
-        chosen["k"] = k
-    plan = compile_plan(
-        ObjectiveSettings.model_validate(
-            {**chosen, **({"distill_coefficient": 0.7} if "distill_coefficient" not in chosen else {})}
-        ),
-        student_temperature=shape["temperature"],
-    )
-    weight, hidden = normal(vocabulary, hidden_size), normal(rows, hidden_size)
-    bias = normal(vocabulary) if shape["bias"] else None
-    teacher_logprobs = normal(rows, vocabulary).log_softmax(-1)
-    ids = torch.stack([torch.randperm(vocabulary, generator=generator)[:k] for _ in range(rows)])
-    pads = torch.rand(rows, k, generator=generator) < 0.3
-    pads[:, 0] = False
-    sampled = torch.randint(vocabulary, (rows,), generator=generator)
-    own = head_logprobs(Head(weight, bias, shape["softcap"], shape["scale"]), hidden, plan.temperature)
-    reward = torch.where(torch.rand(rows, generator=generator) < 0.4, 0, normal(rows))
-    batch = TokenBatch(
-        sampled_ids=sampled,
-        behaviour_logprobs=own.gather(1, sampled[:, None])[:, 0] + 0.4 * normal(rows),
-        mask=torch.rand(rows, generator=generator) < shape["kept"],
-        weight=torch.rand(rows, generator=generator, dtype=torch.float64),
-        views={
-            "teacher": ViewTensors(
-                sampled=teacher_logprobs.gather(1, sampled[:, None])[:, 0],
-                support_ids=ids.masked_fill(pads, -1),
-                support_logprobs=teacher_logprobs.gather(1, ids).masked_fill(pads, math.nan),
-            )
-        },
-        reward_advantage=reward,
-    )
-    teacher = (
-        Head(normal(vocabulary, 3), None, 4.0 if shape["softcap"] else None) if plan.in_process else None
-    )
-    return Case(
-        plan=plan,
-        hidden=hidden,
-        weight=weight,
-        bias=bias,
-        softcap=shape["softcap"],
-        scale=shape["scale"],
-        batch=batch,
-        teacher_hidden=normal(rows, 3) if plan.in_process else None,
-        teacher_head=teacher,
-        chunk_rows=shape["chunk"],
-        tile_columns=shape["tile"],
-    )
-
 
 SHAPES = st.fixed_dictionaries(
     {
@@ -270,10 +39,6 @@ SHAPES = st.fixed_dictionaries(
         "kept": st.sampled_from([0.0, 0.6, 1.0]),
     }
 )
-FIXED = {
-    "T": 7, "H": 3, "V": 11, "K": 4, "chunk": 3, "tile": 4,
-    "temperature": 1.3, "softcap": 3.0, "scale": 0.8, "bias": True, "kept": 0.8,
-}  # fmt: skip
 
 
 def assert_agreement(case: Case) -> None:
@@ -293,17 +58,6 @@ def test_every_combination_agrees_with_plain_autograd(row: dict[str, Any]) -> No
 @given(seed=st.integers(0, 2**31), row=st.sampled_from(ROWS), shape=SHAPES)
 def test_any_shape_agrees_with_plain_autograd(seed: int, row: dict[str, Any], shape: dict[str, Any]) -> None:
     assert_agreement(make_case(seed, row, shape))
-
-
-def to_dtype(case: Case, dtype: torch.dtype) -> Case:
-    cast = {
-        n: None if (x := getattr(case, n)) is None else x.to(dtype)
-        for n in ("hidden", "weight", "bias", "teacher_hidden")
-    }
-    head = case.teacher_head
-    return replace(
-        case, **cast, teacher_head=None if head is None else replace(head, weight=head.weight.to(dtype))
-    )
 
 
 @pytest.mark.parametrize("row", ROWS[:: max(1, len(ROWS) // 24)], ids=str)
