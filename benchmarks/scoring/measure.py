@@ -11,7 +11,6 @@ from benchmarks.scoring.peers import OURS, Peer, Reply, differs_most
 from benchmarks.scoring.workloads import Workload
 
 TURN_SECONDS = 0.6  # a turn is as many calls as begin within this time
-WARM_UP_TURNS = 2
 TOLERANCE_NATS = 1e-3
 BUSY_SHARE = 0.05  # of a core; peers that rest must stay below it
 
@@ -85,7 +84,7 @@ def measure(
 
 
 def _warm_up(workload: Workload, peers: Sequence[Peer], seeds: Iterator[int], announce: Announce) -> float:
-    """The same batch for all, compared, and then turns that do not count."""
+    """The same batch for all, compared, and then a turn that does not count."""
     batch = workload.batch(next(seeds))
     replies: dict[str, Reply] = {}
     for peer in peers:
@@ -98,8 +97,7 @@ def _warm_up(workload: Workload, peers: Sequence[Peer], seeds: Iterator[int], an
         raise RuntimeError(f"{workload.name}: {name} differs from us by {differences[name]:.2g} nats")
     for peer in peers:
         announce(f"{workload.name}  warm-up  {peer.name}")
-        for _ in range(WARM_UP_TURNS):
-            _take_turn(workload, peer, Contestant(), seeds)
+        _take_turn(workload, peer, Contestant(), seeds)
     return differences[name]
 
 

@@ -98,7 +98,7 @@ MODELS = {
     shape.name: shape
     for shape in (
         # So little to compute that what surrounds the model is what is measured.
-        ModelShape("frontend", 64, 2, 2, 32, 128, vocabulary=512),
+        ModelShape("frontend", 32, 1, 1, 32, 64, vocabulary=512),
         # Enough to compute that saving some of it shows.
         ModelShape("compute", 384, 6, 6, 64, 1024, vocabulary=4096),
         # A vocabulary of today on a small body.
