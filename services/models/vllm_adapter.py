@@ -229,6 +229,11 @@ def import_vllm() -> str:
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    plugins = os.environ.get("VLLM_PLUGINS")
+    if plugins is not None and "tutelage" not in plugins.split(","):
+        raise invalid(
+            f"VLLM_PLUGINS: got {plugins!r}, must name tutelage too: vLLM's workers score through it"
+        )
     if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
         raise invalid("VLLM_ENABLE_V1_MULTIPROCESSING: must be 0, the engine runs inside this process")
     version = _installed_version()
@@ -525,6 +530,9 @@ class TensorParallelShard:
 
 
 def as_array(output: Any) -> npt.NDArray[np.float32]:
-    """The pooler's answer to one request, from its PoolingRequestOutput."""
-    array: npt.NDArray[np.float32] = output.outputs.data.numpy()
+    """The pooler's answer to one request, from its PoolingRequestOutput.
+
+    A copy: on a CPU the original is a part of what the whole step computed, and would keep all of it alive.
+    """
+    array: npt.NDArray[np.float32] = output.outputs.data.numpy().copy()
     return array
