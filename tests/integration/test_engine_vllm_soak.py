@@ -142,6 +142,7 @@ async def check(teacher: Teacher, warm: int, count: int, growth: int) -> None:
     assert await teacher.engine.residue() == Residue(requests=0, worker_requests=0, blocks=0)
     assert not teacher.engine._line._jobs
     assert not teacher.engine._line._units
+    assert counters.withdrawn > 0
     assert counters.failed_steps == 0
     assert counters.rescored == 0
     assert grown <= growth
