@@ -247,6 +247,12 @@ def test_an_engine_core_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         vllm_adapter.import_vllm()
 
 
+def test_a_list_of_plugins_without_ours_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "lora_filesystem_resolver")
+    with pytest.raises(TutelageError, match="VLLM_PLUGINS: got 'lora_filesystem_resolver'"):
+        vllm_adapter.import_vllm()
+
+
 def test_an_unknown_engine_argument_names_the_nearest(tmp_path: Path) -> None:
     directory = save_tiny_model(tmp_path / "model", shape=SERVABLE)
     with pytest.raises(TutelageError, match=r"'block_sise'.*did you mean block_size\?"):
