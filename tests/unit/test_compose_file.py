@@ -6,14 +6,18 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from launcher.cli import app
 from launcher.stack_secrets import make_secrets
+from services.teacher.settings import TeacherSettings
+from student_trainer.config import load_run_config
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "docker-compose.yml"
@@ -23,6 +27,11 @@ VARIABLE = re.compile(r"(?<!\$)\$\{(\w+)(?::?-([^}]*))?\}")
 def services() -> dict[str, dict[str, Any]]:
     document: dict[str, Any] = yaml.safe_load(FILE.read_text())
     return document["services"]  # type: ignore[no-any-return]
+
+
+def expand(text: str, given: dict[str, str]) -> str:
+    """`text` as compose sees it when only the variables in `given` are set."""
+    return VARIABLE.sub(lambda found: given.get(found[1], found[2] or ""), text)
 
 
 def documented() -> dict[str, str]:
@@ -94,20 +103,48 @@ def dockerfile_stage(target: str) -> str:
     return str(stage)
 
 
-def test_commands_of_the_stack_are_commands_of_the_command_line() -> None:
-    from typer.main import get_command
+@pytest.mark.parametrize("options", [None, "--engine transformers"])
+@pytest.mark.parametrize("name", ["teacher", "teacher-gpu"])
+def test_teachers_start_with_what_they_are_given(
+    name: str, options: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[TeacherSettings] = []
+    monkeypatch.setattr("services.teacher.process.main", started.append)
+    given = {} if options is None else {"CPU_TEACHER_OPTIONS": options, "TEACHER_OPTIONS": options}
+    words = shlex.split(expand(services()[name]["command"], given))
+    ran = CliRunner().invoke(app, words, env={"TUTELAGE_TOKEN": ""})
+    assert ran.exit_code == 0, ran.output
+    (settings,) = started
+    assert settings.service.host == "0.0.0.0"
+    assert settings.engine == ("vllm" if options is None else "transformers")
+    recipe = {"teacher": "RUN_FILE", "teacher-gpu": "GPU_RUN_FILE"}[name]
+    config = load_run_config(ROOT / documented()[recipe])
+    assert settings.heartbeat_seconds == config.queue.heartbeat_seconds
+    entry = config.teachers[settings.name]
+    assert (settings.model, settings.dtype) == (entry.model, entry.dtype)
 
-    known = get_command(app).commands  # type: ignore[attr-defined]
-    for name, service in services().items():
-        if "entrypoint" in service:
-            continue
-        command = service.get("command", "serve")
-        words = command.split() if isinstance(command, str) else command
-        if words[0] == "serve":
-            continue
-        options = {option for parameter in known[words[0]].params for option in parameter.opts}
-        wrong = [word for word in words if word.startswith("--") and word not in options]
-        assert not wrong, (name, wrong)
+
+@pytest.mark.parametrize("name", ["trainer", "trainer-gpu", "sampler", "sampler-gpu", "report", "report-gpu"])
+def test_the_processes_of_a_run_read_its_file(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[Any, ...]] = []
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("student_trainer.train.main", lambda *arguments: started.append(arguments))
+    monkeypatch.setattr("student_trainer.sampler.process.main", lambda *arguments: started.append(arguments))
+    service = services()[name]
+    known = {key: expand(value, {}) for key, value in service["environment"].items()} | {"HOSTNAME": "box"}
+    if name.startswith("report"):
+        assert load_run_config(Path(expand(service["command"][0], {})))
+        assert service["healthcheck"]["test"][-1] == service["command"][-1]
+        return
+    if name.startswith("sampler"):
+        words = shlex.split(service["command"][0].removeprefix("exec tutelage "))
+        words = [re.sub(r"\$\$(\w+)", lambda name: known[name[1]], word) for word in words]
+    else:
+        words = [expand(word, {}) for word in service["command"]]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    ((config, *sampler),) = started
+    assert config.run.name in known["RUN_FILE"]
+    assert sampler == (["box"] if name.startswith("sampler") else [])
 
 
 def test_secrets_are_made_once_and_for_their_owner_alone(tmp_path: Path) -> None:

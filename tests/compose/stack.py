@@ -1,0 +1,97 @@
+"""One stack of docker-compose.yml, driven as a person would drive it, and looked at from outside."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+RUN = "quickstart-vllm"  # of recipes/quickstart-vllm.toml, as is the number of steps
+STEPS, PROMPTS_PER_STEP = 100, 128
+PASSWORD = 'REDISCLI_AUTH="$(cat /run/tutelage/queue-password)"'
+
+
+@dataclass
+class Stack:
+    """A compose project of its own, so that a person's stack is left alone."""
+
+    project: str = "tutelage-check"
+    started: float = field(default_factory=time.monotonic)
+
+    def say(self, text: str) -> None:
+        print(f"{time.monotonic() - self.started:7.1f} s  {text}", flush=True)
+
+    def compose(self, *arguments: str, check: bool = True, quiet: bool = True) -> str:
+        """`docker compose …`; its output."""
+        command = ["docker", "compose", "--project-name", self.project, *arguments]
+        return run(command, check=check, quiet=quiet)
+
+    def containers(self, service: str) -> list[str]:
+        """Running containers of a service, oldest number first."""
+        listed = self.compose("ps", "--format", "json", service, check=False)
+        found = [json.loads(line) for line in listed.splitlines() if line.startswith("{")]
+        return sorted(entry["Name"] for entry in found if entry["State"] == "running")
+
+    def container(self, service: str, number: int = 1) -> str:
+        return f"{self.project}-{service}-{number}"
+
+    def inspect(self, name: str) -> dict[str, Any]:
+        return json.loads(run(["docker", "inspect", name]))[0]  # type: ignore[no-any-return]
+
+    def healthy(self, service: str) -> int:
+        """How many containers of a service say that they are well."""
+        names = self.containers(service)
+        return sum(self.inspect(n)["State"].get("Health", {}).get("Status") == "healthy" for n in names)
+
+    def queue(self, *command: str) -> str | None:
+        """An answer of the queue; None while it is away."""
+        words = " ".join(f"'{word}'" for word in command)
+        shell = f"{PASSWORD} valkey-cli --no-auth-warning {words}"
+        done = subprocess.run(
+            ["docker", "exec", self.container("queue"), "sh", "-c", shell],
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    def progress(self, name: str) -> Any:
+        """One figure of the run's progress; None while it is unknown."""
+        answer = self.queue("HGET", f"tutelage:run:{RUN}", name)
+        return json.loads(answer) if answer else None
+
+    def step(self) -> int:
+        return int(self.progress("step") or 0)
+
+    def file(self, path: str) -> str:
+        """A file of the run directory."""
+        return run(["docker", "exec", self.container("report"), "cat", f"runs/{RUN}/{path}"])
+
+    def ledger(self) -> dict[str, Any]:
+        """That of the newest checkpoint."""
+        listed = run(["docker", "exec", self.container("report"), "ls", f"runs/{RUN}/checkpoints"]).split()
+        newest = max(name for name in listed if name.startswith("step-"))
+        return json.loads(self.file(f"checkpoints/{newest}/ledger.json"))  # type: ignore[no-any-return]
+
+    def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = 900.0) -> float:
+        """Until a condition holds; the seconds that it took."""
+        begun = time.monotonic()
+        while not condition():
+            if time.monotonic() - begun > seconds:
+                raise SystemExit(f"FAILED: waited {seconds:.0f} s in vain for {what}")
+            time.sleep(0.5)
+        return time.monotonic() - begun
+
+
+def run(command: list[str], *, check: bool = True, quiet: bool = True) -> str:
+    """A command's output; ends the check with its errors when it fails."""
+    done = subprocess.run(
+        command, cwd=ROOT, text=True, check=False,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE if quiet else None,
+    )  # fmt: skip
+    if check and done.returncode != 0:
+        raise SystemExit(f"FAILED: {' '.join(command)}: status {done.returncode}\n{done.stderr or ''}")
+    return done.stdout
