@@ -1,6 +1,6 @@
 """All signals of the scored rows in one pass over the head, a chunk of rows at a time.
 
-[positions, vocabulary] never exists: one chunk of logits does, and beside it one slice that stays
+[positions, vocabulary] never exists: one chunk of logits does, which is reduced in slices that stay
 in the processor's cache. Everything is taken relative to the row's largest logit, so temperatures
 and large logits lose no precision.
 Shapes: N scored rows, C candidate ids, K top ids, V vocabulary.
@@ -22,11 +22,12 @@ from services.models.head import Head
 from services.teacher.engines.top_k import top_k
 
 ROWS = 256  # with fewer, reading the head's weight costs more than using it
-CACHED = 2**20  # logits that are reduced at a time: 4 MiB
+CACHED = 2**21  # logits that one thread reduces at a time: 8 MiB
+SHARED = 2**24  # and several, or a device: each of their calls ends with a wait for the last of them
 
 
 def rows_for(vocab: int) -> int:
-    """Rows in a chunk: 4 MiB of logits, so that a small vocabulary does not pay for many small chunks.
+    """Rows in a chunk: 8 MiB of logits, so that a small vocabulary does not pay for many small chunks.
 
     Never fewer than ROWS: 256 rows of 151,936 logits are 148 MiB. Peak memory grows by two chunks at most.
     """
@@ -129,8 +130,8 @@ def score_logits(
     With a `shard`, logits are this rank's columns, ids stay global, and every rank gets the same scores.
     """
     wanted = targets[:, None] if candidates is None else torch.cat([targets[:, None], candidates], dim=1)
-    # A device has bandwidth for the whole chunk and would wait for many small calls.
-    step = len(logits) if logits.is_cuda else max(1, CACHED // max(1, logits.shape[1]))
+    alone = logits.device.type == "cpu" and torch.get_num_threads() == 1
+    step = max(1, (CACHED if alone else SHARED) // max(1, logits.shape[1]))
     start = None if shard is None else shard.start
     sums = _join([
         _reduce(logits[row : row + step].float(), wanted[row : row + step], signal, start)
