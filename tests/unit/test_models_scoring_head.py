@@ -146,6 +146,14 @@ def test_scores_are_those_of_the_head_with_its_bias_scale_and_cap(bias: bool, dt
     assert np.abs(got.sampled - expected.numpy()).max() < (1e-5 if dtype == torch.float32 else 0.05)
 
 
+def test_no_rows_have_no_scores() -> None:
+    none = torch.empty(0, dtype=torch.long)
+    got = score_logits(torch.empty(0, 50), none, none[:, None].expand(-1, 3), SIGNAL)
+    assert got["top_ids"].shape == (0, 4)
+    rows = ScoringHead(Head(torch.randn(50, 16))).score(torch.randn(2, 16), none, none, None, SIGNAL)
+    assert rows.sampled.shape == (0,)
+
+
 def test_a_chunk_is_bounded_and_not_smaller_than_the_weight_is_worth() -> None:
     assert [rows_for(vocab) for vocab in (1, 512, 4096, 32_000, 151_936)] == [2**21, 4096, 512, 256, 256]
 

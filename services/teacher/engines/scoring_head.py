@@ -91,7 +91,7 @@ class ScoringHead:
         # The chunks share one array of logits too: new pages cost more than the pass over them.
         whole = _empty(rows.shape[0], signal, hidden.device)
         weight = self.head.weight
-        size = min(rows_for(self.head.vocab_size), rows.shape[0])
+        size = max(1, min(rows_for(self.head.vocab_size), rows.shape[0]))
         logits = torch.empty(size, self.head.vocab_size, dtype=weight.dtype, device=weight.device)
         for start in range(0, rows.shape[0], size):
             part = slice(start, start + size)
@@ -135,7 +135,7 @@ def score_logits(
     start = None if shard is None else shard.start
     sums = _join([
         _reduce(logits[row : row + step].float(), wanted[row : row + step], signal, start)
-        for row in range(0, len(logits), step)
+        for row in range(0, max(1, len(logits)), step)
     ])  # fmt: skip
     if shard is not None:
         sums = _combine(sums, shard, signal)
