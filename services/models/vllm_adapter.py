@@ -42,6 +42,12 @@ MakeModel = Callable[[type[nn.Module]], type[nn.Module]]
 
 log = structlog.get_logger(__name__)
 
+_OTHER_WAYS = {
+    "score": "; implementation 'stock' or the engine 'transformers' may",
+    "prompt_logprobs": "; the engine 'transformers' may",
+    "generate": "; the engine 'transformers' may",
+}
+
 # In this process and stepped by one thread of ours: no socket between a request and its scores,
 # and a killed replica leaves no orphan that holds a GPU. Workers are spawned because forking a
 # process with gRPC threads can deadlock.
@@ -118,8 +124,9 @@ class StepEngine:
         try:
             with scoring:
                 self._engine = _start(arguments)
-        except (ValueError, OSError) as error:
-            raise invalid(f"vllm: could not serve {model!r}: {error}") from error
+        except (ValueError, OSError, AssertionError, NotImplementedError) as error:
+            reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            raise invalid(f"vllm: could not serve {model!r}: {reason}{_OTHER_WAYS[purpose]}") from error
         self._core: Any = self._engine.engine_core.engine_core
         if purpose == "score":
             _cap_prefix_hits(self._core.scheduler.kv_cache_manager)

@@ -302,7 +302,7 @@ class EngineThread:
         if len(affected) == 1:
             message = f"engine: scoring failed with {type(error).__name__}: {error}"
             affected[0].answer.fail(TutelageError("INTERNAL", message))
-            self._probe()
+            self._probe()  # what it raises ends the thread, and the replica with it
             return
         for job in affected:
             job.alone = True
