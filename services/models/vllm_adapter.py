@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import gc
 import importlib.metadata
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -132,6 +133,9 @@ class StepEngine:
             _cap_prefix_hits(self._core.scheduler.kv_cache_manager)
             self._empty_new_blocks()
         self.facts = self._facts(version)
+        # What start-up made is here to stay; walking through it would pause every request for long.
+        gc.collect()
+        gc.freeze()
 
     def add(self, request_id: str, prompt_ids: list[int], params: Any) -> None:
         """Queue a request; its outputs carry `request_id`, which no other request may have."""
@@ -187,6 +191,7 @@ class StepEngine:
 
     def close(self) -> None:
         """End the workers and release the memory."""
+        gc.unfreeze()
         self._engine.engine_core.shutdown()
         _leave_distributed()
 

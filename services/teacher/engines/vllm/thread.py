@@ -32,6 +32,7 @@ from tutelage_client.types import (
 from services.models.vllm_adapter import StepEngine
 from services.teacher.engines.batching import Answer, Control
 
+IDLE_SECONDS = 0.05
 _PROBE = Sequence("probe", 0, np.zeros(1, dtype=np.int32))  # the smallest question there is
 
 log = structlog.get_logger(__name__)
@@ -168,12 +169,16 @@ class EngineThread:
 
     def _wait_for_work(self) -> bool:
         """Block while there is nothing to do; False when closed."""
-        if not self._units:
-            self._engine.settle()
         with self._changed:
-            while not (self._closed or self._units or self._inbox or self._controls):
-                self._changed.wait()
+            if self._changed.wait_for(self._has_something, IDLE_SECONDS):
+                return not self._closed
+        self._engine.settle()  # not at once: the next request would wait for it
+        with self._changed:
+            self._changed.wait_for(self._has_something)
             return not self._closed
+
+    def _has_something(self) -> bool:
+        return bool(self._closed or self._units or self._inbox or self._controls)
 
     def _drop_withdrawn(self) -> None:
         for job in [job for job in self._jobs if job.answer.withdrawn]:
