@@ -125,7 +125,9 @@ class StepEngine:
         try:
             with scoring:
                 self._engine = _start(arguments)
-        except (ValueError, OSError, AssertionError, NotImplementedError) as error:
+        except (ValueError, AssertionError, NotImplementedError) as error:
+            if "free memory" in str(error).lower():  # of a replica that has just ended, perhaps: try again
+                raise TutelageError("INTERNAL", f"vllm: could not start: {error}") from error
             reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             raise invalid(f"vllm: could not serve {model!r}: {reason}{_OTHER_WAYS[purpose]}") from error
         self._core: Any = self._engine.engine_core.engine_core
@@ -277,7 +279,7 @@ def _purpose_arguments(purpose: Purpose) -> dict[str, Any]:
     if purpose == "generate":
         arguments["logprobs_mode"] = "processed_logprobs"  # those of the distribution that is sampled
     if purpose == "prompt_logprobs":
-        arguments["max_logprobs"] = MAX_LOGPROBS
+        arguments["max_logprobs"] = MAX_LOGPROBS + 1  # candidates come with the response's own token
     return arguments
 
 
@@ -314,7 +316,10 @@ def _dtype_to_load(model: str, revision: str | None) -> str:
     """As the model was saved; vLLM's own "auto" would load float32 weights as bfloat16."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(model, revision=revision or "main")
+    try:
+        config = AutoConfig.from_pretrained(model, revision=revision or "main")
+    except (OSError, ValueError) as error:
+        raise invalid(f"model: could not load {model!r}: {error}") from error
     saved = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
     return "auto" if saved is None else _dtype_name(saved)
 
@@ -493,15 +498,34 @@ class SlicedHead:
         self._compute: Callable[[Tensor], Tensor] = model.compute_logits  # type: ignore[assignment]
         self._lm_head: Any = None
         self.vocab_size = int(processors[0].org_vocab_size)  # of all ranks
+        self._first: Tensor | None = None  # the head's own answer to the first call
+        self._checked = False
         processors[0].register_forward_pre_hook(self._stop_before_gathering, with_kwargs=True)
+        processors[0].register_forward_hook(self._keep_first)
 
     def _stop_before_gathering(self, _module: nn.Module, args: Any, kwargs: Any) -> Any:
         self._lm_head = args[0]
         return args, {**kwargs, "skip_gather": True}
 
+    def _keep_first(self, _module: nn.Module, _args: Any, output: Tensor) -> None:
+        if not self._checked:
+            self._first = output.clone()
+
+    def _check(self, logits: Tensor) -> None:
+        """Some models change logits of certain ids afterwards, which on a slice would be other ids."""
+        edited = self._first is None or not torch.equal(logits, self._first)
+        self._checked, self._first = True, None
+        if edited and self._lm_head.tp_size > 1:
+            raise ValueError(
+                "tensor_parallel_size: this model changes its logits after the head, which cannot be done on "
+                "slices of the vocabulary; use 1, or implementation 'stock'"
+            )
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, S] from [N, H], without the padding of the vocabulary."""
         logits = self._compute(hidden)
+        if not self._checked:
+            self._check(logits)
         indices = self._lm_head.shard_indices
         return logits[:, : indices.org_vocab_end_index - indices.org_vocab_start_index]
 

@@ -11,6 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 # Engine arguments that the teacher or the student names itself, above its vLLM settings.
 NAMED_ELSEWHERE = ("model", "revision", "dtype")
+# What makes a vLLM engine score, or would run a model's own code.
+OURS = ("runner", "convert", "task", "skip_tokenizer_init", "logprobs_mode", "trust_remote_code")
+# Engine arguments that change scores although model and type stay the same.
+_CHANGE_NUMBERS = ("quantization", "kv_cache_dtype", "hf_overrides", "load_format")
 MAX_BATCH_TOKENS = 16_384  # the other engines' default, which vLLM has no use for
 
 
@@ -55,12 +59,20 @@ class VllmSettings(BaseModel):
                 raise ValueError(f"got {name!r}, which is a key beside engine_args: give it there")
             if name in NAMED_ELSEWHERE:
                 raise ValueError(f"got {name!r}, which is named outside the vLLM settings: give it there")
+            if name in OURS:
+                raise ValueError(f"got {name!r}, which is not for a run to choose: leave it out")
+        if engine_args.get("load_format") == "dummy":
+            raise ValueError("got load_format 'dummy', which are random weights: leave it out")
         return engine_args
 
     def given(self) -> dict[str, Any]:
         """What was said, by vLLM's names: the keys that are set and `engine_args` among them."""
         named = self.model_dump(exclude={"implementation", "engine_args"}, exclude_defaults=True)
         return named | self.engine_args
+
+    def changes_to_numbers(self) -> list[str]:
+        """The given arguments that an identity has to show, as name=value."""
+        return [f"{name}={value}" for name, value in sorted(self.given().items()) if name in _CHANGE_NUMBERS]
 
 
 class Teacher(Protocol):

@@ -1,11 +1,21 @@
-"""Which tensors a directory of safetensors holds, read from the headers alone."""
+"""Whether two model directories hold weights of one model, read from headers and configurations alone."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from tutelage_client.errors import TutelageError, invalid
+
+# Keys of a configuration that may differ between exports of one model.
+_WITHOUT_EFFECT = {
+    "_name_or_path", "_attn_implementation", "architectures", "bos_token_id", "dtype", "eos_token_id",
+    "pad_token_id", "torch_dtype", "transformers_version", "use_cache",
+}  # fmt: skip
 
 # Saved or not when the head shares the embedding: either way the same model.
 _TIED = ("lm_head.weight",)
@@ -17,7 +27,11 @@ def tensor_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         TutelageError: INVALID_ARGUMENT when there is none, or a file cannot be read.
     """
-    files = sorted(directory.glob("*.safetensors"))
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():  # what it does not list is not loaded
+        files = sorted({directory / name for name in json.loads(index.read_text())["weight_map"].values()})
+    else:
+        files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise invalid(f"weights: got {str(directory)!r}, which has no safetensors file")
     shapes: dict[str, tuple[int, ...]] = {}
@@ -31,19 +45,51 @@ def tensor_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check_same_tensors(current: Path, incoming: Path) -> None:
-    """Raise FAILED_PRECONDITION unless both directories hold the same tensors with the same shapes.
+@dataclass(frozen=True)
+class ModelDescription:
+    """What exports of one model have in common."""
 
-    A tensor that is missing would silently keep its old values.
+    configuration: dict[str, Any]
+    tensors: dict[str, tuple[int, ...]]
+
+
+def describe(directory: Path) -> ModelDescription:
+    """Of a directory of safetensors with its config.json."""
+    return ModelDescription(_configuration(directory), tensor_shapes(directory))
+
+
+def check_same_model(ours: ModelDescription, directory: Path) -> None:
+    """Raise FAILED_PRECONDITION unless `directory` has our configuration and our tensors.
+
+    A tensor that is missing would silently keep its old values, and a changed configuration would not count.
     """
-    ours, theirs = tensor_shapes(current), tensor_shapes(incoming)
-    different = sorted(
-        name
-        for name in ours.keys() | theirs.keys()
-        if name not in _TIED and ours.get(name) != theirs.get(name)
-    )
-    if different:
+    theirs = describe(directory)
+    changed = _first_difference(ours.configuration, theirs.configuration)
+    if changed is not None:
         raise TutelageError(
             "FAILED_PRECONDITION",
-            f"weights: {incoming} holds another architecture; first differing tensor: {different[0]}",
+            f"weights: config.json of {directory} has {changed} = {theirs.configuration.get(changed)!r}, "
+            f"here it is {ours.configuration.get(changed)!r}",
         )
+    tied = _TIED if ours.configuration.get("tie_word_embeddings") else ()
+    different = _first_difference(ours.tensors, theirs.tensors, besides=tied)
+    if different is not None:
+        raise TutelageError(
+            "FAILED_PRECONDITION",
+            f"weights: {directory} holds another architecture; first differing tensor: {different}",
+        )
+
+
+def _first_difference(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], besides: Sequence[str] = ()
+) -> str | None:
+    names = (ours.keys() | theirs.keys()) - set(besides)
+    return min((name for name in names if ours.get(name) != theirs.get(name)), default=None)
+
+
+def _configuration(directory: Path) -> dict[str, Any]:
+    """What of config.json decides the numbers; flat, because text models of multimodal ones are nested."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(directory).get_text_config().to_dict()
+    return {key: value for key, value in config.items() if key not in _WITHOUT_EFFECT}

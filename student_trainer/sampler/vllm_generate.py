@@ -15,7 +15,7 @@ from tutelage_client.errors import TutelageError, invalid
 
 from services.models.vllm_adapter import StepEngine
 from services.models.vllm_settings import VllmSettings
-from services.models.weights import tensor_shapes
+from services.models.weights import check_same_model, describe
 from student_trainer.sampler.generate import GenerationInterruptedError, Response, Row
 from student_trainer.sampler.uniforms import stream_seed
 
@@ -46,7 +46,7 @@ class VllmGenerator:
         if not end_ids:
             raise invalid("end_ids: got none; the tokenizer or the generation config must name an end token")
         self._end_ids = sorted(set(end_ids))
-        self._tensors = tensor_shapes(Path(model)) if Path(model).is_dir() else {}
+        self._description = describe(Path(model)) if Path(model).is_dir() else None
         self._interrupted = threading.Event()
         # As a model's own forward does: logits in its type. What is recorded is what was sampled from.
         self.engine = StepEngine(
@@ -92,14 +92,8 @@ class VllmGenerator:
             TutelageError: FAILED_PRECONDITION for other tensors than the model was started with;
                 vLLM would keep the old values of a missing one.
         """
-        found = tensor_shapes(directory)
-        if found != self._tensors:
-            names = found.keys() | self._tensors.keys()
-            different = sorted(name for name in names if found.get(name) != self._tensors.get(name))
-            raise TutelageError(
-                "FAILED_PRECONDITION",
-                f"weights: {directory} holds another architecture; first differing tensor: {different[0]}",
-            )
+        if self._description is not None:
+            check_same_model(self._description, directory)
         self.engine.load_weights(directory)
 
     def close(self) -> None:

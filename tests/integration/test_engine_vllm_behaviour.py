@@ -1,6 +1,7 @@
 """What the vLLM engine does when callers come and go, steps fail and weights change or are broken."""
 
 import asyncio
+import json
 import shutil
 import threading
 import time
@@ -27,6 +28,7 @@ from tutelage_client.types import PAD_ID, Score, ScoreRequest, Sequence, Signal
 from services.models.fingerprint import directory_revision
 from services.models.vllm_adapter import Residue, StepEngine
 from services.teacher.engines.vllm.engine import VllmEngine
+from services.teacher.engines.vllm.pooled import Pooled
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -217,6 +219,17 @@ def without_a_tensor(path: Path) -> None:
     save_file(state, path / "model.safetensors")
 
 
+def without_its_head(path: Path) -> None:
+    state = load_file(path / "model.safetensors")
+    del state["lm_head.weight"]
+    save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def with_another_scale(path: Path) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
+
+
 def with_another_shape(path: Path) -> None:
     wide = Shape(**{**vars(SERVABLE), "intermediate": 96})
     save_tiny_model(path, shape=wide)
@@ -239,8 +252,10 @@ def empty(path: Path) -> None:
     ("spoil", "message"),
     [
         (without_a_tensor, r"model\.layers\.1\.mlp\.up_proj"),
-        (with_another_shape, "another architecture"),
-        (another_architecture, "another architecture"),
+        (without_its_head, r"lm_head\.weight"),
+        (with_another_shape, "intermediate_size = 96, here it is"),
+        (with_another_scale, "rms_norm_eps = 0.5, here it is"),
+        (another_architecture, r"config\.json of"),
         (truncated, "no whole safetensors file"),
         (empty, "no safetensors file"),
     ],
@@ -444,3 +459,15 @@ async def test_sizes_at_the_models_limit_pass_and_one_over_never_reaches_vllm(sh
                 times.append(time.perf_counter() - began)
             assert min(times) <= 0.010
         assert shared.engine.counters.steps == before
+
+
+async def test_rows_missing_twice_fail_their_request_and_nothing_else(
+    shared: Shared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Pooled, "answer", lambda *_: None)
+        with pytest.raises(TutelageError, match="fewer rows"):
+            await asyncio.wait_for(shared.engine.score(group(5, BLOCK, [5, 5, 5])), 30)
+    request = group(6, BLOCK, [5, 5])
+    assert len((await shared.engine.score(request)).sequences) == 2
+    assert await shared.engine.residue() == NOTHING

@@ -8,14 +8,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import structlog
-from tutelage_client.errors import TutelageError
+from tutelage_client.errors import TutelageError, invalid
 from tutelage_client.types import Identity, Limits, Score, ScoreRequest
 
 from services.models.fingerprint import directory_revision, tokenizer_fingerprint
 from services.models.load import load_tokenizer, model_files
 from services.models.vllm_adapter import Residue, StepEngine
 from services.models.vllm_settings import VllmSettings
-from services.models.weights import check_same_tensors
+from services.models.weights import ModelDescription, check_same_model, describe
 from services.teacher.engines.batching import Answer, Control
 from services.teacher.engines.vllm.pooled import Pooled
 from services.teacher.engines.vllm.stock import Stock
@@ -62,6 +62,7 @@ class VllmEngine:
         self._ended: Answer[None] | None = None
         self._engine: StepEngine | None = None
         self._directory: Path | None = None
+        self._description: ModelDescription | None = None
         self._identity: Identity | None = None
 
     @property
@@ -123,6 +124,10 @@ class VllmEngine:
 
     def _open(self) -> StepEngine:
         scoring = self._scoring
+        if self._revision is not None and Path(self._model).is_dir():
+            raise invalid(
+                f"revision: got {self._revision!r} for the local directory {self._model}; its content decides"
+            )
         engine = StepEngine(
             self._model,
             purpose=scoring.purpose,
@@ -134,6 +139,7 @@ class VllmEngine:
         )
         facts, files = engine.facts, model_files(self._model, self._revision)
         self._engine, self._directory = engine, files.directory
+        self._description = describe(files.directory)
         self._limits = scoring.limits(self._limits, facts)
         self._identity = Identity(
             name=self._name,
@@ -143,7 +149,7 @@ class VllmEngine:
             tokenizer_fingerprint=tokenizer_fingerprint(load_tokenizer(self._model, self._revision)),
             vocab_size=facts.vocab_size,
             engine=scoring.name,
-            engine_version=facts.version,
+            engine_version=" ".join([facts.version, *self._settings.changes_to_numbers()]),
             dtype=facts.dtype,
             head_dtype=facts.head_dtype,
         )
@@ -152,11 +158,15 @@ class VllmEngine:
 
     def _swap(self, path: Path, weights_version: int) -> None:
         assert self._engine is not None and self._directory is not None  # noqa: PT018
-        check_same_tensors(self._directory, path)
+        assert self._description is not None
+        check_same_model(self._description, path)
         revision = directory_revision(path)
         try:
             self._engine.load_weights(path)
         except Exception as error:
+            if self._settings.tensor_parallel_size > 1:  # ranks may have answered differently
+                self._line.close()
+                raise
             self._restore(self._directory)
             message = f"weights: vLLM could not load {path}: {type(error).__name__}: {error}"
             raise TutelageError("FAILED_PRECONDITION", message) from error

@@ -30,11 +30,12 @@ class Stock:
     def limits(self, limits: Limits, facts: EngineFacts) -> Limits:
         """`limits`, narrowed to what this way of scoring can do for the model."""
         self._given_ids = facts.scores_given_ids
+        most = facts.vocab_size if facts.max_logprobs < 0 else facts.max_logprobs  # negative: no limit
         return replace(
             limits,
             max_sequence_tokens=min(limits.max_sequence_tokens, facts.max_model_len - 1),
-            max_top_k=min(limits.max_top_k, facts.max_logprobs),
-            max_candidates=limits.max_candidates if self._given_ids else 0,
+            max_top_k=min(limits.max_top_k, most, facts.vocab_size),
+            max_candidates=min(limits.max_candidates, most - 1) if self._given_ids else 0,
             entropy=False,
             temperature=False,
         )
@@ -70,6 +71,9 @@ class Stock:
             if signal.candidates and sequence.candidate_ids is not None:
                 candidates = np.where(sequence.candidate_ids == PAD_ID, np.nan, given[:, 1:])
         if signal.top_k or not self._given_ids:
+            wanted = rows * (signal.top_k + 1)
+            if output.prompt_logprobs is None or len(output.prompt_logprobs.logprobs) < wanted:
+                return None
             ids, logprobs = _flat(output.prompt_logprobs, rows, signal.top_k)
             sampled = logprobs[:, 0] if sampled is None else sampled
             top_ids, top_logprobs = ids[:, 1:], logprobs[:, 1:]

@@ -150,7 +150,7 @@ class EngineThread:
         except TutelageError as error:
             ready.fail(error)
             return
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             log.exception("engine_failed", during="loading")
             ready.fail(TutelageError("INTERNAL", f"engine: loading failed: {type(error).__name__}: {error}"))
             return
@@ -165,7 +165,8 @@ class EngineThread:
             log.exception("engine_failed", during="serving")
         finally:
             self._end()
-            ended.resolve(None)
+            ended.resolve(None)  # before closing, which can take long and, after a device's error, fail
+            self._close_engine()
 
     def _wait_for_work(self) -> bool:
         """Block while there is nothing to do; False when closed."""
@@ -191,8 +192,10 @@ class EngineThread:
         job.open.clear()
         self._jobs.pop(job, None)
         for unit_id in ids:
-            del self._units[unit_id]
+            self._units.pop(unit_id, None)
         self._engine.abort(ids)
+        if not self._units:
+            self._busy_seconds = 0.0
 
     def _admit(self) -> None:
         """Hand everything that waits to vLLM, which queues it; controls and second chances go in between."""
@@ -232,7 +235,11 @@ class EngineThread:
         context = job.request.contexts[sequence.context]
         prompt, params = self._scoring.question(context, sequence, job.request.signal, read_cache=read_cache)
         unit_id = str(next(self._ids))
-        self._engine.add(unit_id, prompt, params)
+        try:
+            self._engine.add(unit_id, prompt, params)
+        except Exception:
+            self._engine.abort([unit_id])
+            raise
         self._units[unit_id] = _Unit(job, index, len(prompt), read_cache)
         job.open.add(unit_id)
 
@@ -258,7 +265,12 @@ class EngineThread:
             job.tokens_reused += reused
             job.tokens_computed += unit.tokens - reused
             job.compute_seconds += self._busy_seconds * unit.tokens / tokens
-            self._settle_unit(unit, output)
+            try:
+                self._settle_unit(unit, output)
+            except Exception as error:
+                log.exception("answer_failed", request=job.request.request_id)
+                self._drop(job)
+                job.answer.fail(TutelageError("INTERNAL", f"engine: {type(error).__name__}: {error}"))
         if finished:
             self._busy_seconds = 0.0
 
@@ -301,18 +313,20 @@ class EngineThread:
         self.counters.failed_steps += 1
         affected = list(self._jobs)
         log.error("step_failed", requests=len(affected), error=f"{type(error).__name__}: {error}")
-        for job in affected:
-            self._drop(job)
-            job.scores.clear()
         if len(affected) == 1:
             message = f"engine: scoring failed with {type(error).__name__}: {error}"
             affected[0].answer.fail(TutelageError("INTERNAL", message))
-            self._probe()  # what it raises ends the thread, and the replica with it
-            return
+        else:
+            with self._changed:  # first: whatever happens below, `_end` finds them
+                self._inbox.extendleft(reversed(affected))
         for job in affected:
+            self._drop(job)
             job.alone = True
-        with self._changed:
-            self._inbox.extendleft(reversed(affected))
+            job.scores.clear()
+            job.tokens_computed = job.tokens_reused = 0
+            job.compute_seconds = 0.0
+        if len(affected) == 1:
+            self._probe()  # what it raises ends the thread, and the replica with it
 
     def _probe(self) -> None:
         """Score one token; raises when the engine cannot even do that any more."""
@@ -337,7 +351,12 @@ class EngineThread:
             control.answer.fail(_closed_error())
         self._jobs.clear()
         self._units.clear()
-        self._engine.close()
+
+    def _close_engine(self) -> None:
+        try:
+            self._engine.close()
+        except Exception:
+            log.exception("engine_failed", during="closing")
 
 
 def _attempt(control: Control) -> None:
