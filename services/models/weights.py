@@ -55,7 +55,8 @@ class ModelDescription:
 
 def describe(directory: Path) -> ModelDescription:
     """Of a directory of safetensors with its config.json."""
-    return ModelDescription(_configuration(directory), tensor_shapes(directory))
+    tensors = tensor_shapes(directory)
+    return ModelDescription(_configuration(directory), tensors)
 
 
 def check_same_model(ours: ModelDescription, directory: Path) -> None:
@@ -91,5 +92,8 @@ def _configuration(directory: Path) -> dict[str, Any]:
     """What of config.json decides the numbers; flat, because text models of multimodal ones are nested."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(directory).get_text_config().to_dict()
+    try:
+        config = AutoConfig.from_pretrained(directory).get_text_config().to_dict()
+    except (OSError, ValueError) as error:
+        raise invalid(f"weights: {directory} has no config.json that can be read: {error}") from error
     return {key: value for key, value in config.items() if key not in _WITHOUT_EFFECT}

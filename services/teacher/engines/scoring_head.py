@@ -23,8 +23,8 @@ from services.teacher.engines.top_k import top_k
 
 ROWS = 256  # with fewer, reading the head's weight costs more than using it
 CHUNK = 2**18  # logits of a chunk of a small vocabulary: 1 MiB stays near the processor from head to scores
-CACHED = 2**21  # logits that one thread reduces at a time: 8 MiB
-SHARED = 2**24  # and several, or a device: each of their calls ends with a wait for the last of them
+CACHED = 2**21  # logits that a CPU reduces at a time: 8 MiB, which bounds what is needed beside the chunk
+SHARED = 2**23  # and a device, which has bandwidth for more and would wait for many small calls
 
 
 def rows_for(vocab: int) -> int:
@@ -131,8 +131,7 @@ def score_logits(
     With a `shard`, logits are this rank's columns, ids stay global, and every rank gets the same scores.
     """
     wanted = targets[:, None] if candidates is None else torch.cat([targets[:, None], candidates], dim=1)
-    alone = logits.device.type == "cpu" and torch.get_num_threads() == 1
-    step = max(1, (CACHED if alone else SHARED) // max(1, logits.shape[1]))
+    step = max(1, (CACHED if logits.device.type == "cpu" else SHARED) // max(1, logits.shape[1]))
     start = None if shard is None else shard.start
     sums = _join([
         _reduce(logits[row : row + step].float(), wanted[row : row + step], signal, start)
