@@ -21,7 +21,7 @@ from tutelage_client import codec
 from tutelage_client.errors import TutelageError, invalid
 from tutelage_client.types import SequenceError
 
-from services.api.auth import TokenCheck
+from services.access import TokenCheck
 from services.api.core import ScoringCore, Transport
 from services.api.settings import ServiceSettings
 from services.api.validate import check_counts

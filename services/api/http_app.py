@@ -18,7 +18,7 @@ from tutelage_client import codec
 from tutelage_client.errors import TutelageError, invalid, shown
 from tutelage_client.types import Score, ScoreRequest, SequenceError
 
-from services.api.auth import TokenCheck
+from services.access import TokenCheck
 from services.api.core import ScoringCore
 from services.api.http_errors import error_body, error_response
 from services.api.http_gates import Gates

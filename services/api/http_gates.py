@@ -6,11 +6,8 @@ from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tutelage_client.errors import TutelageError
 
-from services.api.auth import TokenCheck
+from services.access import OPEN_PATHS, TokenCheck
 from services.api.http_errors import error_body, error_response
-
-# What a probe may ask without a secret; both say no more than gRPC's health service does.
-OPEN_PATHS = frozenset({"/health", "/ready"})
 
 
 class Gates:

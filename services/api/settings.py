@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ipaddress
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
-LOOPBACK = "127.0.0.1"
+from services.access import LOOPBACK, check_exposure, read_token_file
 
 
 class TlsSettings(BaseModel):
@@ -53,30 +52,16 @@ class ServiceSettings(BaseModel):
     def _closed_by_default(self) -> ServiceSettings:
         if any(not token.get_secret_value().strip() for token in self.tokens):
             raise ValueError("tokens: got an empty token, every token needs at least one character")
-        exposed = [host for host in (self.host, self.metrics_host) if not is_loopback(host)]
-        if exposed and not self.tokens and self.token_file is None:
-            raise ValueError(
-                f"host: got {exposed[0]!r} without a token; beyond loopback set `tokens` or `token_file`"
-            )
+        check_exposure(
+            (self.host, self.metrics_host),
+            with_token=bool(self.tokens) or self.token_file is not None,
+            remedy="`tokens` or `token_file`",
+        )
         return self
 
     def read_tokens(self) -> list[str]:
         """All accepted tokens; raises ValueError when a token file is given but holds none."""
         tokens = [token.get_secret_value() for token in self.tokens]
         if self.token_file is not None:
-            lines = self.token_file.read_text(encoding="utf-8").splitlines()
-            found = [line.strip() for line in lines if line.strip()]
-            if not found:
-                raise ValueError(f"token_file: got {self.token_file} without a token, one per line is needed")
-            tokens += found
+            tokens += read_token_file(self.token_file)
         return tokens
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach `host`; a name other than localhost is taken to be public."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False

@@ -18,7 +18,7 @@ from typing import NoReturn
 import structlog
 from tutelage_client.errors import TutelageError, invalid
 
-from services.api.auth import TokenCheck
+from services.access import TokenCheck
 from services.api.core import ScoringCore
 from services.api.grpc_server import GrpcServer
 from services.api.http_app import build_app, build_metrics_app

@@ -16,7 +16,7 @@ from support.teachers import LIMITS, VOCAB, Doors, RecordingScorer, http_client,
 from tutelage.v1 import teacher_pb2 as pb
 from tutelage_client import codec
 
-from services.api.auth import TokenCheck
+from services.access import TokenCheck
 from services.api.http_app import build_app
 from services.api.http_errors import STATUS
 from services.api.settings import ServiceSettings

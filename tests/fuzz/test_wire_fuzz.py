@@ -19,7 +19,7 @@ from tutelage.v1 import rollout_pb2
 from tutelage.v1 import teacher_pb2 as pb
 from tutelage_client import TutelageError, codec
 
-from services.api.auth import TokenCheck
+from services.access import TokenCheck
 from services.api.core import ScoringCore, Transport
 from services.api.http_app import build_app
 from services.api.settings import ServiceSettings

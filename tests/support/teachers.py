@@ -18,7 +18,7 @@ import httpx
 import numpy as np
 from tutelage_client.types import Identity, Int32Array, Limits, Score, ScoreRequest
 
-from services.api.auth import TokenCheck
+from services.access import TokenCheck
 from services.api.core import ScoringCore
 from services.api.grpc_server import GrpcServer
 from services.api.http_app import build_app

@@ -16,15 +16,29 @@ ALLOWED = {
     "proto/src/tutelage_client": set(),
     "services/queue": set(),
     "services/models": set(),
+    "services/exporter": {
+        "services.access",
+        "services.exit_status",
+        "services.logs",
+        "services.metrics_server",
+        "services.queue",
+    },
     "services/teacher": {
+        "services.access",
         "services.api",
         "services.exit_status",
         "services.logs",
         "services.queue",
         "services.models",
     },
-    "services/api": {"services.teacher.engine"},
-    "student_trainer": {"services.logs", "services.queue", "services.models"},
+    "services/api": {"services.access", "services.teacher.engine"},
+    "student_trainer": {
+        "services.access",
+        "services.logs",
+        "services.metrics_server",
+        "services.queue",
+        "services.models",
+    },
     "launcher": {"services", "student_trainer"},
 }
 FIRST_PARTY = ("services", "student_trainer", "launcher")
