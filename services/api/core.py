@@ -71,6 +71,10 @@ class ScoringCore:
     def open(self) -> None:
         """The model is loaded: accept requests from now on."""
         self.state = "ready"
+        here = self.identity
+        self.metrics.teacher_info.labels(
+            here.name, here.model, here.engine, here.engine_version, here.dtype
+        ).set(1)
         self.metrics.ready.set(1)
 
     def begin_drain(self) -> None:

@@ -61,6 +61,12 @@ class Metrics:
         self.queued_tokens = gauge("queued_tokens", "Tokens accepted and not yet scored")
         self.throughput = gauge("throughput_tokens_per_second", "Measured while busy")
         self.ready = gauge("ready", "1 while requests are accepted")
+        self.teacher_info = Gauge(
+            "tutelage_teacher_info",
+            "Always 1: who scores here, by which the figures of a replica are told apart",
+            ("teacher", "model", "engine", "engine_version", "dtype"),
+            registry=self.registry,
+        )
         self.queue_jobs = counter("queue_jobs", "Jobs taken from the queue, by outcome", "outcome")
         self.registry.register(_EngineMetrics())
 
