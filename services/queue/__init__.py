@@ -19,16 +19,16 @@ Public API (asynchronous; writes may be repeated without effect, calls outlast a
                      await worker.commit(claim, score_response_bytes) -> bool   False: another was first
                      fail(claim, error) | bury(claim, error) | release(claim)
                      worker.holds(claim)             False once its lease went to another worker
-    Eyes         teacher_stats(teacher), run_stats(run), dead_letters(teacher), dead_orders(run),
-                 publish_progress(run, {...}), read_progress(run), alive(role), trim(),
-                 with queue.presence(role, name): ...
+    Eyes         overview(), teachers(), runs(), teacher_stats(teacher), run_stats(run),
+                 dead_letters(teacher), dead_orders(run), alive(role), trim(),
+                 publish_progress(run, {...}), read_progress(run), with queue.presence(role, name): ...
 
 `services.queue.embedded.EmbeddedServer(directory)` runs a Valkey here; `.start()` returns its URL.
 Leases are renewed by a thread with its own connection, so a blocked event loop does not lose them.
 """
 
 from services.queue.connection import check_server, connect
-from services.queue.presence import Presence
+from services.queue.presence import TRAINER_ROLE, Presence, sampler_role, teacher_role
 from services.queue.queue import Queue, count_tokens
 from services.queue.reader import ScoredReader
 from services.queue.records import (
@@ -38,8 +38,10 @@ from services.queue.records import (
     JobClaim,
     LeaseSettings,
     OrderClaim,
+    Overview,
     RunStats,
     ScoredGroup,
+    ServerStats,
     StreamStats,
     Submitted,
     TeacherStats,
@@ -47,6 +49,7 @@ from services.queue.records import (
 from services.queue.worker import JobWorker, OrderWorker, Worker
 
 __all__ = [
+    "TRAINER_ROLE",
     "Claim",
     "DeadLetter",
     "Failed",
@@ -55,11 +58,13 @@ __all__ = [
     "LeaseSettings",
     "OrderClaim",
     "OrderWorker",
+    "Overview",
     "Presence",
     "Queue",
     "RunStats",
     "ScoredGroup",
     "ScoredReader",
+    "ServerStats",
     "StreamStats",
     "Submitted",
     "TeacherStats",
@@ -67,4 +72,6 @@ __all__ = [
     "check_server",
     "connect",
     "count_tokens",
+    "sampler_role",
+    "teacher_role",
 ]

@@ -20,7 +20,7 @@ class StreamKeys:
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """Key names; the Lua scripts build `group`, `scored`, `placed` and `submitted` in the same way."""
+    """Key names; the Lua scripts build `group`, `scored`, `placed`, `submitted` and the registries alike."""
 
     namespace: str
 
@@ -56,5 +56,16 @@ class Keys:
     def progress(self, run: str) -> str:
         return f"{self.namespace}:run:{run}"
 
-    def alive(self, role: str, name: str) -> str:
-        return f"{self.namespace}:alive:{role}:{name}"
+    def present(self, role: str) -> str:
+        """Processes of a role by name."""
+        return f"{self.namespace}:present:{role}"
+
+    @property
+    def teachers(self) -> str:
+        """Every teacher that was ever asked or had a replica: nobody has to search the keys."""
+        return f"{self.namespace}:teachers"
+
+    @property
+    def runs(self) -> str:
+        """Every run that ever placed an order or submitted a group."""
+        return f"{self.namespace}:runs"

@@ -11,6 +11,7 @@ from tutelage.v1.rollout_pb2 import Group, SampleOrder, ViewRequest
 from tutelage_client.errors import TutelageError, invalid
 
 from services.queue.connection import AWAY, Persistence, check_server, connect, without_secrets
+from services.queue.eyes import Eyes
 from services.queue.keys import Keys, StreamKeys
 from services.queue.presence import Presence
 from services.queue.reader import ScoredReader
@@ -18,13 +19,12 @@ from services.queue.records import (
     DeadLetter,
     LeaseSettings,
     OrderClaim,
+    Overview,
     RunStats,
-    StreamStats,
     Submitted,
     TeacherStats,
 )
 from services.queue.scripts import Scripts
-from services.queue.streams import stream_stats
 from services.queue.worker import JobWorker, OrderWorker
 
 Argument = str | int | bytes
@@ -60,6 +60,7 @@ class Queue:
         self._client: Any = connect(url)
         self._scripts = Scripts(self._client)
         self._persist = Persistence()
+        self._eyes = Eyes(self._client, self._scripts, self.keys, self.lease)
 
     async def open(self, patience: float | None = 30.0) -> None:
         """Wait for the server and refuse one that cannot keep the promises.
@@ -116,13 +117,25 @@ class Queue:
     def orders(self, run: str, consumer: str) -> OrderWorker:
         """A sampler's worker on the orders of `run`."""
         return OrderWorker(
-            self.url, self._client, self.keys, self.keys.orders(run), settings=self.lease, consumer=consumer
+            self.url,
+            self._client,
+            self.keys,
+            self.keys.orders(run),
+            (self.keys.runs, run),
+            settings=self.lease,
+            consumer=consumer,
         )
 
     def jobs(self, teacher: str, consumer: str) -> JobWorker:
         """A replica's worker on the jobs of `teacher`."""
         return JobWorker(
-            self.url, self._client, self.keys, self.keys.jobs(teacher), settings=self.lease, consumer=consumer
+            self.url,
+            self._client,
+            self.keys,
+            self.keys.jobs(teacher),
+            (self.keys.teachers, teacher),
+            settings=self.lease,
+            consumer=consumer,
         )
 
     async def submit_group(
@@ -162,32 +175,36 @@ class Queue:
         for request in requests:
             jobs = self.keys.jobs(request.teacher)
             keys += [jobs.stream, jobs.load]
-            arguments += [request.view, request.SerializeToString(), count_tokens(group, request)]
+            tokens = count_tokens(group, request)
+            arguments += [request.view, request.SerializeToString(), tokens, request.teacher]
         return Submitted((await self._run("submit", stream, keys, *arguments)).decode())
 
     # Eyes.
 
+    async def teachers(self) -> list[str]:
+        """Every teacher that was ever asked or had a replica here, sorted."""
+        return await self._persist(self._eyes.teachers, "reading names")
+
+    async def runs(self) -> list[str]:
+        """Every run that ever placed an order or submitted a group here, sorted."""
+        return await self._persist(self._eyes.runs, "reading names")
+
     async def teacher_stats(self, teacher: str) -> TeacherStats:
-        """Counts of the queue in front of `teacher`."""
-        stream = self.keys.jobs(teacher)
-        load = await self._persist(lambda: self._client.hgetall(stream.load), "reading stats")
-        return TeacherStats(
-            jobs=await self._stream_stats(stream),
-            queued_tokens=int(load.get(b"queued_tokens", 0)),
-            scored=int(load.get(b"scored", 0)),
-            dead=int(load.get(b"dead", 0)),
-            expired=int(load.get(b"expired", 0)),
-        )
+        """Counts of the queue in front of `teacher`; all zeros for one that nobody has asked."""
+        return await self._persist(lambda: self._eyes.teacher_stats(teacher), "reading stats")
 
     async def run_stats(self, run: str) -> RunStats:
         """Counts of the run's orders and scored groups."""
-        orders = self.keys.orders(run)
-        dead = await self._persist(lambda: self._client.hget(orders.load, "dead"), "reading stats")
-        return RunStats(
-            orders=await self._stream_stats(orders),
-            scored=await self._stream_stats(self.keys.scored(run)),
-            dead_orders=int(dead or 0),
-        )
+        return await self._persist(lambda: self._eyes.run_stats(run), "reading stats")
+
+    async def overview(self, patience: float | None = None) -> Overview:
+        """Counts of every teacher and run, who is present, and the server itself, in two round trips.
+
+        Raises:
+            redis.RedisError, OSError: the server did not answer within `patience` seconds (None: wait for
+                ever), or refuses.
+        """
+        return await self._persist(self._eyes.overview, "looking", patience)
 
     async def dead_letters(self, teacher: str, count: int = 100) -> list[DeadLetter]:
         """The newest jobs given up for `teacher`, newest first."""
@@ -216,8 +233,7 @@ class Queue:
 
     async def alive(self, role: str) -> dict[str, float]:
         """Live processes of a role by name: seconds since each last said so, by the server's clock."""
-        prefix = self.keys.alive(role, "")
-        return await self._persist(lambda: self._alive(prefix), "looking for processes")
+        return await self._persist(lambda: self._eyes.alive(role), "looking for processes")
 
     async def trim(self, *, teachers: Sequence[str] = (), runs: Sequence[str] = ()) -> int:
         """Delete entries nobody needs any more; workers and reader also do it as they go."""
@@ -231,22 +247,11 @@ class Queue:
             lambda: self._scripts.run(name, [*stream.as_list(), *keys], everything), name
         )
 
-    async def _alive(self, prefix: str) -> dict[str, float]:
-        result = {}
-        async for key in self._client.scan_iter(match=f"{_literal(prefix)}*", count=1000):
-            total, left = await self._client.get(key), await self._client.pttl(key)
-            if total is not None and left >= 0:
-                result[key.decode().removeprefix(prefix)] = (int(total) - left) / 1000
-        return result
-
     async def _dead(self, stream: StreamKeys, count: int) -> list[DeadLetter]:
         rows = await self._persist(
             lambda: self._client.xrevrange(stream.dead, count=count), "reading dead letters"
         )
         return [_dead_letter(fields) for _, fields in rows or []]
-
-    async def _stream_stats(self, stream: StreamKeys) -> StreamStats:
-        return await self._persist(lambda: stream_stats(self._client, stream), "reading stats")
 
 
 def count_tokens(group: Group, request: ViewRequest) -> int:
@@ -277,8 +282,3 @@ def _dead_letter(fields: Mapping[bytes, bytes]) -> DeadLetter:
         deliveries=int(text["deliveries"]),
         error=text["error"],
     )
-
-
-def _literal(pattern: str) -> str:
-    """`pattern` with the characters that SCAN's glob would interpret escaped."""
-    return "".join(f"\\{letter}" if letter in "*?[]\\^-" else letter for letter in pattern)

@@ -117,7 +117,11 @@ class DeadLetter:
 
 @dataclass(frozen=True, slots=True)
 class StreamStats:
-    """Counts of one stream. `oldest_age` is seconds since its oldest unfinished entry was added."""
+    """Counts of one stream.
+
+    `waiting` is what nobody holds: never delivered, handed back, or with a lease that ran out. `in_flight`
+    is delivered and not finished. `oldest_age` is seconds since the oldest unfinished entry was added.
+    """
 
     length: int
     waiting: int
@@ -128,10 +132,12 @@ class StreamStats:
 
 @dataclass(frozen=True, slots=True)
 class TeacherStats:
-    """The queue in front of one teacher."""
+    """The queue in front of one teacher. Waiting tokens and tokens in flight add up to the queued ones."""
 
     jobs: StreamStats
     queued_tokens: int
+    waiting_tokens: int
+    in_flight_tokens: int
     scored: int
     dead: int
     expired: int
@@ -144,3 +150,27 @@ class RunStats:
     orders: StreamStats
     scored: StreamStats
     dead_orders: int
+
+
+@dataclass(frozen=True, slots=True)
+class ServerStats:
+    """The server itself; a memory limit of 0 is none."""
+
+    memory_bytes: int
+    memory_limit_bytes: int
+    clients: int
+
+
+@dataclass(frozen=True, slots=True)
+class Overview:
+    """One look at everything in a namespace, by the names of teachers and runs.
+
+    `replicas`, `samplers` and `trainers` count the processes that say that they live.
+    """
+
+    server: ServerStats
+    teachers: dict[str, TeacherStats]
+    runs: dict[str, RunStats]
+    replicas: dict[str, int]
+    samplers: dict[str, int]
+    trainers: dict[str, int]

@@ -15,16 +15,19 @@ from redis.commands.core import AsyncScript, Script
 
 # These free memory or keep what is held, so they must also run when the server is out of memory.
 _ALLOWED_OUT_OF_MEMORY = frozenset(
-    {"acknowledge", "finish", "leave", "release", "renew", "skip", "tidy", "trim"}
+    {"acknowledge", "finish", "leave", "present", "release", "renew", "skip", "tidy", "trim"}
 )
+_READ_ONLY = frozenset({"load"})
 
 
 @cache
 def source(name: str) -> str:
     """The text of script `name`, with the shared functions in front."""
     folder = resources.files(__package__) / "scripts"
-    flags = "#!lua flags=allow-oom\n" if name in _ALLOWED_OUT_OF_MEMORY else "#!lua\n"
-    return flags + (folder / "common.lua").read_text() + (folder / f"{name}.lua").read_text()
+    flags = " flags=no-writes" if name in _READ_ONLY else ""
+    if name in _ALLOWED_OUT_OF_MEMORY:
+        flags = " flags=allow-oom"
+    return f"#!lua{flags}\n" + (folder / "common.lua").read_text() + (folder / f"{name}.lua").read_text()
 
 
 class Scripts:
@@ -35,10 +38,20 @@ class Scripts:
         self._loaded: dict[str, AsyncScript] = {}
 
     async def run(self, name: str, keys: list[str], arguments: list[str | int | bytes]) -> Any:
-        script = self._loaded.get(name)
-        if script is None:
-            script = self._loaded[name] = self._client.register_script(source(name))
-        return await script(keys=keys, args=arguments)
+        return await self._script(name)(keys=keys, args=arguments)
+
+    def queue(self, pipeline: Any, name: str, keys: list[str], arguments: list[str | int | bytes]) -> None:
+        """Put a call into a pipeline; whoever executes it has to `load` the script on NoScriptError."""
+        pipeline.evalsha(self._script(name).sha, len(keys), *keys, *arguments)
+
+    async def load(self, name: str) -> None:
+        """Make the server know the script."""
+        await self._client.script_load(source(name))
+
+    def _script(self, name: str) -> AsyncScript:
+        if name not in self._loaded:
+            self._loaded[name] = self._client.register_script(source(name))
+        return self._loaded[name]
 
 
 def blocking_script(client: redis.Redis, name: str) -> Script:

@@ -1,4 +1,4 @@
-"""Plain stream commands that worker, reader and statistics share."""
+"""Plain stream commands that worker and reader share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import redis.asyncio
 from redis import exceptions
 
 from services.queue.keys import StreamKeys
-from services.queue.records import StreamStats
 
 Fields = dict[bytes, bytes]
 Entry = tuple[str, Fields | None]  # no fields: the entry was trimmed while it was pending
@@ -41,24 +40,3 @@ async def read_group(
         await ensure_group(client, stream)
         return []
     return [(entry.decode(), fields or None) for entry, fields in reply[0][1]] if reply else []
-
-
-async def stream_stats(client: Any, stream: StreamKeys) -> StreamStats:
-    """Counts of one stream; an absent one is all zeros."""
-    length = int(await client.xlen(stream.stream))
-    groups = await client.xinfo_groups(stream.stream) if await client.exists(stream.stream) else []
-    info = next((group for group in groups if group["name"] == stream.group.encode()), None)
-    after = "0-0" if info is None else info["last-delivered-id"].decode()
-    first = await client.xrange(stream.stream, min=f"({after}", count=1)
-    unfinished = [first[0][0].decode()] if first else []
-    in_flight, consumers, waiting = 0, 0, length
-    if info is not None:
-        in_flight, consumers = int(info["pending"]), int(info["consumers"])
-        waiting = int(info["lag"])
-        if in_flight:
-            summary = await client.xpending(stream.stream, stream.group)
-            unfinished += [summary["min"].decode()] if summary["min"] else []
-    seconds, micros = await client.time()
-    added = [int(entry.split("-")[0]) / 1000 for entry in unfinished]
-    age = max(0.0, seconds + micros / 1e6 - min(added)) if added else 0.0
-    return StreamStats(length, waiting, in_flight, consumers, age)

@@ -45,6 +45,7 @@ class Worker(ABC, Generic[C]):
         client: redis.asyncio.Redis,
         keys: Keys,
         stream: StreamKeys,
+        registry: tuple[str, str],
         *,
         settings: LeaseSettings,
         consumer: str,
@@ -55,6 +56,7 @@ class Worker(ABC, Generic[C]):
         self._scripts = Scripts(client)
         self._keys = keys
         self._stream = stream
+        self._registry = registry  # a set of names, and the name that its stream has there
         self._settings = settings
         self._persist = Persistence()
         self._held: set[str] = set()
@@ -66,7 +68,7 @@ class Worker(ABC, Generic[C]):
         self._heart = Heart(url, settings.renewal, self._renew, self.consumer)
 
     async def __aenter__(self) -> Self:
-        await self._persist(lambda: ensure_group(self._client, self._stream), "joining")
+        await self._persist(self._join, "joining")
         self._heart.start()
         return self
 
@@ -136,6 +138,10 @@ class Worker(ABC, Generic[C]):
         """Hand back at once without counting the delivery (draining)."""
         before = claim.deliveries - 1
         await self._end(claim, "release", claim.entry, self.consumer, self._settings.lease_ms, before)
+
+    async def _join(self) -> None:
+        await ensure_group(self._client, self._stream)
+        await self._client.sadd(*self._registry)
 
     @abstractmethod
     def _parse(self, entry: str, deliveries: int, fields: Fields) -> C: ...

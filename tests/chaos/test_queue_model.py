@@ -23,7 +23,9 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from support.queue_data import VIEW_TOKENS, make_group, make_request, make_scores
+from support.queue_data import PROMPT_TOKENS, VIEW_TOKENS, ids, make_group, make_request, make_scores
+from tutelage.v1.rollout_pb2 import ViewRequest
+from tutelage.v1.teacher_pb2 import Context
 
 from services.queue import (
     Failed,
@@ -64,6 +66,15 @@ class SteadyHeart:
         return True
 
 
+def request(teacher: str, index: int) -> ViewRequest:
+    """A view with a context of its own length: no two jobs in a row have as many tokens."""
+    return ViewRequest(view=teacher, teacher=teacher, contexts=[Context(ids=ids(PROMPT_TOKENS + index % 5))])
+
+
+def job_tokens(index: int) -> int:
+    return VIEW_TOKENS + index % 5
+
+
 @dataclass
 class Job:
     """One view of one group as the model sees it; claimed by at most one living worker."""
@@ -72,6 +83,10 @@ class Job:
     view: str
     state: str = "waiting"  # waiting → (orphan →) held ⇄ loose → done
     deliveries: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return job_tokens(self.group)
 
 
 @dataclass
@@ -182,7 +197,7 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(views=VIEWS)
     def add(self, views: tuple[str, ...]) -> None:
         index = len(self.model.views)
-        requests = [make_request(teacher, teacher) for teacher in views]
+        requests = [request(teacher, index) for teacher in views]
         assert self.do(self.queue.submit_group(make_group(RUN, index), requests)) is Submitted.QUEUED
         self.model.add(index, views)
 
@@ -332,9 +347,17 @@ class QueueMachine(RuleBasedStateMachine):
         for teacher, (tokens, scored), [group] in zip(TEACHERS, answers[::2], answers[1::2], strict=True):
             waiting = len(self.model.open(teacher, "waiting"))
             busy = self.model.busy(teacher)
-            assert int(tokens or 0) == VIEW_TOKENS * (waiting + busy)
+            states = ("waiting", "loose", "held", "orphan")
+            jobs = [job for state in states for job in self.model.open(teacher, state)]
+            assert int(tokens or 0) == sum(job.tokens for job in jobs)
             assert (group["lag"], group["pending"]) == (waiting, busy)
             assert int(scored or 0) == self.model.commits[teacher]
+            # What an autoscaler is told: nobody holds what is waiting or loose.
+            free = [job for job in jobs if job.state in ("waiting", "loose")]
+            stats = await self.queue.teacher_stats(teacher)
+            assert (stats.jobs.waiting, stats.jobs.in_flight) == (len(free), len(jobs) - len(free))
+            assert stats.waiting_tokens == sum(job.tokens for job in free)
+            assert stats.waiting_tokens + stats.in_flight_tokens == stats.queued_tokens == int(tokens or 0)
 
     def teardown(self) -> None:
         """Whatever has happened: drained, every group comes out once, and nothing is left behind."""

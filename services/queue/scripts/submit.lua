@@ -2,7 +2,7 @@
 -- KEYS: orders stream, its load hash, its dead letters, group hash, submitted set of the order,
 --       then (jobs stream, load hash) per view.
 -- ARGV: namespace, orders consumer group, run, group id, group bytes, token limit, deadline ms
---       or '', traceparent, order entry id or '', order consumer, then (view, request, tokens).
+--       or '', traceparent, order entry id or '', order consumer, then (view, request, tokens, teacher).
 -- Returns: queued | exists | full | lost.
 local run, group_id, group_bytes = ARGV[3], ARGV[4], ARGV[5]
 local limit, deadline, traceparent = tonumber(ARGV[6]), ARGV[7], ARGV[8]
@@ -10,7 +10,8 @@ local order_entry, order_consumer = ARGV[9], ARGV[10]
 local group, submitted = KEYS[4], KEYS[5]
 local FIRST_KEY, FIRST_ARG = 6, 11
 local JOBS_GROUP = 'replicas'  -- as keys.py names it
-local views = (#ARGV - FIRST_ARG + 1) / 3
+local PER_VIEW = 4
+local views = (#ARGV - FIRST_ARG + 1) / PER_VIEW
 
 if order_entry ~= '' then
   if lease_of(order_entry) ~= order_consumer then return 'lost' end
@@ -25,7 +26,7 @@ end
 local asked = {}
 for i = 0, views - 1 do
   local load = KEYS[FIRST_KEY + 2 * i + 1]
-  asked[load] = (asked[load] or 0) + tonumber(ARGV[FIRST_ARG + 3 * i + 2])
+  asked[load] = (asked[load] or 0) + tonumber(ARGV[FIRST_ARG + PER_VIEW * i + 2])
 end
 for load, tokens in pairs(asked) do
   local queued = tonumber(redis.call('HGET', load, 'queued_tokens') or 0)
@@ -33,13 +34,18 @@ for load, tokens in pairs(asked) do
   if queued > 0 and queued + tokens > limit then return 'full' end
 end
 
+redis.call('SADD', NAMESPACE .. ':runs', run)
 redis.call('HSET', group, 'group', group_bytes, 'run', run, 'pending', views, 'status', 'queued')
 if order_entry ~= '' then redis.call('SADD', submitted, group_id) end
 for i = 0, views - 1 do
   local jobs, load = KEYS[FIRST_KEY + 2 * i], KEYS[FIRST_KEY + 2 * i + 1]
-  local view, request, tokens = unpack(ARGV, FIRST_ARG + 3 * i, FIRST_ARG + 3 * i + 2)
+  local view, request, tokens, teacher = unpack(ARGV, FIRST_ARG + PER_VIEW * i, FIRST_ARG + PER_VIEW * i + 3)
   redis.call('HSET', group, 'request:' .. view, request)
-  local entry = {'group', group_id, 'view', view, 'run', run, 'tokens', tokens}
+  redis.call('SADD', NAMESPACE .. ':teachers', teacher)
+  -- How many tokens were added before it: so what waits is known from the first entry that waits.
+  local before = redis.call('HINCRBY', load, 'added_tokens', tokens) - tokens
+  local entry = {'group', group_id, 'view', view, 'run', run, 'tokens', tokens,
+    'before', string.format('%d', before)}
   if deadline ~= '' then entry[#entry + 1] = 'deadline'; entry[#entry + 1] = deadline end
   if traceparent ~= '' then entry[#entry + 1] = 'traceparent'; entry[#entry + 1] = traceparent end
   -- Made with the stream and not by the first replica: what waits must be known while there is none,
