@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -45,5 +44,7 @@ def _sentence(problem: Any) -> str:
 
 
 def _refuse(message: str, status: int = EXIT_BAD_INPUT) -> None:
-    print(f"tutelage: {message}", file=sys.stderr)
+    from services.logs import refused
+
+    refused(message)
     raise typer.Exit(status)

@@ -10,11 +10,13 @@ import structlog
 from tutelage.v1.rollout_pb2 import Group
 from tutelage_client.errors import TutelageError
 
+from services.logs import about
 from services.queue import ScoredGroup, ScoredReader
 from student_trainer.config import RunConfig
 from student_trainer.ledger import DropReason, Ledger
 from student_trainer.lineage import updates_between
 from student_trainer.pacing import Pacer
+from student_trainer.spans import record_collected
 from student_trainer.verify import Expectations, RefusedGroupError, TrainingGroup, verify_group
 from student_trainer.waiting import Watch
 
@@ -92,7 +94,10 @@ class Collector:
                 continue
             self._watch.news()
             self._idle_looks = self._reorders = 0
-            dropped = sum(self._drops(scored, batch) for scored in arrived)
+            dropped = 0
+            for scored in arrived:
+                with about(scored.group.traceparent, group=scored.group.id):
+                    dropped += self._drops(scored, batch)
             await self._pacer.replace(dropped, self._ledger.step)
 
     async def acknowledge(self) -> None:
@@ -119,13 +124,16 @@ class Collector:
         self._delivered.append(_delivery(scored))
         if self._ledger.knows(index) or index in batch or index in self._early:
             self.duplicates += 1
-            log.info("group delivered again", group=scored.group.id)
+            log.info("group delivered again")
+            record_collected(scored, duplicate=True)
             return False
         try:
             group = self._check_staleness(verify_group(scored, self._expected, self._ledger.pins))
         except RefusedGroupError as error:
+            record_collected(scored, dropped=(error.reason, error.message))
             self._refuse(scored, error.reason, error.message)
             return True
+        record_collected(scored)
         self._refused_in_a_row = 0
         (self._early if self._run.deterministic else batch)[index] = group
         return False
@@ -154,7 +162,7 @@ class Collector:
         return replace(group, distance=distance)
 
     def _refuse(self, scored: ScoredGroup, reason: DropReason, message: str) -> None:
-        log.warning("group dropped", group=scored.group.id, reason=reason, detail=message)
+        log.warning("group dropped", reason=reason, detail=message)
         if self._run.deterministic:
             raise TutelageError(
                 "FAILED_PRECONDITION",

@@ -11,6 +11,7 @@ import structlog
 import torch
 from torch import Tensor
 
+from services import tracing
 from services.models.head import head_of
 from services.models.packed import hidden_states
 from student_trainer.batch import MicroBatch, pack_step
@@ -69,14 +70,16 @@ class Learner:
         outputs: list[LossOutput] = []
         norm = math.nan
         try:
-            outputs = [self._backward(micro_batch, traces) for micro_batch in micro_batches]
-            norm = self._clip()
+            with tracing.span("forward_backward", attributes={"tutelage.micro_batches": len(micro_batches)}):
+                outputs = [self._backward(micro_batch, traces) for micro_batch in micro_batches]
+                norm = self._clip()
             refused = _refusal(outputs, norm)
         except NonFiniteStudentError as error:
             refused = Refusal(str(error), diverged=True)
         if refused is None:
-            set_learning_rate(self._optimizer, rate)
-            self._optimizer.step()
+            with tracing.span("optimizer"):
+                set_learning_rate(self._optimizer, rate)
+                self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         sums: Counter[str] = Counter()
         for output in outputs:

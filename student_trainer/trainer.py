@@ -11,6 +11,7 @@ from typing import Any
 import structlog
 from tutelage_client.errors import TutelageError
 
+from services import tracing
 from services.queue import Queue
 from student_trainer.alignment import check_alignment
 from student_trainer.checkpoint import CheckpointStore
@@ -24,6 +25,7 @@ from student_trainer.metrics import SamplingRates, step_record
 from student_trainer.pacing import Pacer
 from student_trainer.policy_store import PolicyStore
 from student_trainer.recording import Recorder
+from student_trainer.spans import record_trained
 from student_trainer.verify import TrainingGroup
 from student_trainer.waiting import Watch
 
@@ -81,13 +83,14 @@ class Trainer:
         await self._begin()
         self._clock.lap()
         while self._ledger.step < self._settings.steps:
-            groups = await self._collect()
-            if groups is None:
-                return await self._stopped()
-            collected = self._clock.lap()
-            result = self._step(groups)
-            await self._record(groups, result, collected, self._clock.lap())
-            await self._save_and_publish()
+            with tracing.span("step", parent="", attributes=self._step_attributes()):
+                groups = await self._collect()
+                if groups is None:
+                    return await self._stopped()
+                collected = self._clock.lap()
+                result = self._step(groups)
+                await self._record(groups, result, collected, self._clock.lap())
+                await self._save_and_publish()
         while self._ledger.pending_evaluations:
             if parts.stop.is_set():
                 return await self._stopped()
@@ -106,6 +109,9 @@ class Trainer:
         await parts.pacer.place_ahead(version)
         await parts.pacer.place_missing_replacements(version)
 
+    def _step_attributes(self) -> tracing.Attributes:
+        return {"tutelage.run": self._parts.config.run.name, "tutelage.step": self._ledger.step + 1}
+
     async def _collect(self) -> list[TrainingGroup] | None:
         """The step's groups; what the trainer waits for is shown meanwhile."""
         shown = "training"
@@ -116,7 +122,8 @@ class Trainer:
                 shown = status
                 await self._parts.recorder.status(status, self._ledger)
 
-        groups = await self._parts.collector.collect(show)
+        with tracing.span("collect"):
+            groups = await self._parts.collector.collect(show)
         if groups is not None:
             await show("training")
         return groups
@@ -127,6 +134,7 @@ class Trainer:
         comparable = not self._alignment_checked and any(group.distance == 0 for group in groups)
         every = settings.sample_every
         sampled = every > 0 and (ledger.step == 0 or (ledger.step + 1) % every == 0)
+        began_ns = time.time_ns()
         result = parts.learner.step(groups, ledger.step, traces=sampled or comparable)
         if comparable and result.refused is None:
             check_alignment(result, ledger.step)
@@ -136,6 +144,8 @@ class Trainer:
             ledger.tokens_sampled += group.num_tokens
             ledger.tokens_scored += group.num_scores
         ledger.step += 1
+        refused = None if result.refused is None else result.refused.reason
+        record_trained(groups, began_ns, step=ledger.step, refused=refused)
         self._count_refusal(result)
         if sampled:
             parts.recorder.samples(ledger.step, result)
@@ -176,8 +186,9 @@ class Trainer:
         parts.evaluations.note(version)
         if self._checkpoint_is_due():
             await self._checkpoint()
-        parts.policies.publish(version, parts.learner.student.export, lineage=self._ledger.lineage)
-        parts.policies.prune(self._oldest_needed(), pinned=self._ledger.pending_evaluations)
+        with tracing.span("publish", attributes={"tutelage.policy_version": version}):
+            parts.policies.publish(version, parts.learner.student.export, lineage=self._ledger.lineage)
+            parts.policies.prune(self._oldest_needed(), pinned=self._ledger.pending_evaluations)
         await parts.pacer.place_ahead(version)
         await parts.evaluations.order()
 
@@ -194,10 +205,11 @@ class Trainer:
     async def _checkpoint(self) -> None:
         """Save, then acknowledge exactly what the saved ledger knows."""
         parts = self._parts
-        parts.checkpoints.save(parts.learner.state_tensors(), self._ledger)
-        self._saved_step = self._ledger.step
-        parts.checkpoints.prune(self._settings.keep_checkpoints)
-        await parts.collector.acknowledge()
+        with tracing.span("checkpoint"):
+            parts.checkpoints.save(parts.learner.state_tensors(), self._ledger)
+            self._saved_step = self._ledger.step
+            parts.checkpoints.prune(self._settings.keep_checkpoints)
+            await parts.collector.acknowledge()
 
     def _oldest_needed(self) -> int:
         """Oldest policy version that an order may still ask for.

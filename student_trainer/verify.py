@@ -71,6 +71,7 @@ class TrainingGroup:
     lineage: Lineage = ()  # of the policy version
     distance: int = 0  # updates between the weights that sampled it and those it trains; set on collection
     score_seconds: float = 0.0  # what the engines spent on it
+    traceparent: str = ""  # W3C, of its rollout
 
     @property
     def num_tokens(self) -> int:
@@ -133,6 +134,7 @@ def verify_group(
         rewards=tuple(rollout.reward for rollout in rollouts),
         lineage=from_proto(group.lineage),
         score_seconds=sum(response.usage.compute_ms for response in scored.scores.values()) / 1e3,
+        traceparent=group.traceparent,
     )
 
 

@@ -26,6 +26,7 @@ from tutelage_client.types import (
     Teacher,
 )
 
+from services import tracing
 from services.api.admission import Admission
 from services.api.guard import guard
 from services.api.metrics import Metrics
@@ -158,7 +159,10 @@ class ScoringCore:
             answered = False
             try:
                 self.metrics.engine_requests.inc()
-                score = await self._scorer.score(request)
+                with tracing.span("engine") as span:
+                    score = await self._scorer.score(request)
+                    if tracing.enabled():
+                        span.set(spent(score))
                 answered = True
                 return score
             finally:
@@ -238,6 +242,22 @@ async def _in_time(deadline: float | None) -> AsyncIterator[None]:
             raise
         message = "deadline: passed while the request waited or was with the engine"
         raise TutelageError("DEADLINE_EXCEEDED", message) from error
+
+
+def spent(score: Score) -> tracing.Attributes:
+    """What the engine says about an answer, for a span."""
+    usage, identity = score.usage, score.identity
+    return {
+        "tutelage.teacher": identity.name,
+        "tutelage.weights_version": identity.weights_version,
+        "tutelage.engine": identity.engine,
+        "tutelage.sequences": len(score.sequences),
+        "tutelage.positions": usage.positions,
+        "tutelage.tokens_computed": usage.tokens_computed,
+        "tutelage.tokens_reused": usage.tokens_reused,
+        "tutelage.engine_queue_ms": usage.queue_ms,
+        "tutelage.engine_compute_ms": usage.compute_ms,
+    }
 
 
 def _without(request: ScoreRequest, problems: Mapping[int, SequenceError]) -> ScoreRequest:

@@ -21,9 +21,11 @@ from tutelage_client import codec
 from tutelage_client.errors import TutelageError, invalid
 from tutelage_client.types import SequenceError
 
+from services import tracing
 from services.access import TokenCheck
 from services.api.core import ScoringCore, Transport
 from services.api.settings import ServiceSettings
+from services.api.spans import rpc_span
 from services.api.validate import check_counts
 
 SERVICE = pb.DESCRIPTOR.services_by_name["TeacherService"].full_name
@@ -144,23 +146,31 @@ class _Servicer:
     async def get_teacher(self, data: bytes, context: Context) -> bytes:
         self._calls.add(context)
         try:
-            request = _parse(pb.GetTeacherRequest, data)
-            return codec.teacher_to_proto(self._core.teacher(request.teacher)).SerializeToString()
+            with rpc_span(f"{SERVICE}/GetTeacher", context.invocation_metadata()):
+                request = _parse(pb.GetTeacherRequest, data)
+                return codec.teacher_to_proto(self._core.teacher(request.teacher)).SerializeToString()
         except TutelageError as error:
             await _abort(context, error)
 
     async def score(self, data: bytes, context: Context) -> bytes:
         self._calls.add(context)
         try:
-            message = _parse(pb.ScoreRequest, data)
-            return await self._answer(message, context.time_remaining(), "grpc")
+            with rpc_span(f"{SERVICE}/Score", context.invocation_metadata()):
+                message = _parse(pb.ScoreRequest, data)
+                return await self._answer(message, context.time_remaining(), "grpc")
         except TutelageError as error:
             await _abort(context, error)
 
     async def score_stream(self, _messages: object, context: Context) -> None:
         """Answer as answers finish; when the service is full, read no further instead of refusing."""
         self._calls.add(context)
-        stream = _Stream(context)
+        try:
+            with rpc_span(f"{SERVICE}/ScoreStream", context.invocation_metadata()):
+                await self._answer_all(_Stream(context))
+        except TutelageError as error:
+            await _abort(context, error)
+
+    async def _answer_all(self, stream: _Stream) -> None:
         draining = asyncio.create_task(self._core.draining.wait())
         try:
             async with asyncio.TaskGroup() as answering:
@@ -169,7 +179,7 @@ class _Servicer:
         finally:
             draining.cancel()
         if self._core.draining.is_set():
-            await _abort(context, TutelageError("UNAVAILABLE", "teacher: the service is draining"))
+            raise TutelageError("UNAVAILABLE", "teacher: the service is draining")
 
     async def _answer(self, message: pb.ScoreRequest, remaining: float | None, transport: Transport) -> bytes:
         check_counts(len(message.sequences), len(message.contexts), self._core.limits)
@@ -183,9 +193,11 @@ class _Servicer:
     async def _answer_on_stream(self, data: bytes, stream: _Stream) -> None:
         request_id = ""
         try:
-            message = _parse(pb.ScoreRequest, data)
-            request_id = message.request_id
-            answer = await self._answer(message, stream.time_remaining(), "stream")
+            with tracing.span("score") as span:
+                message = _parse(pb.ScoreRequest, data)
+                request_id = message.request_id
+                span.set({"tutelage.request": request_id})
+                answer = await self._answer(message, stream.time_remaining(), "stream")
         except TutelageError as error:
             refusal = pb.SequenceError(code=error.code, message=error.message)
             answer = pb.ScoreResponse(request_id=request_id, error=refusal).SerializeToString()

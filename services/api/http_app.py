@@ -25,6 +25,7 @@ from services.api.http_gates import Gates
 from services.api.json_codec import parse_request, score_document
 from services.api.openapi import error_responses, score_operation
 from services.api.settings import ServiceSettings
+from services.api.spans import HttpSpans
 from services.api.validate import check_counts
 
 PROTOBUF = "application/x-protobuf"
@@ -45,6 +46,7 @@ def build_app(core: ScoringCore, settings: ServiceSettings, tokens: TokenCheck) 
     _add_probes(app, core)
     if settings.metrics_port is None:
         _add_metrics(app, core)
+    app.add_middleware(HttpSpans)
     app.add_middleware(Gates, tokens=tokens, max_bytes=settings.max_message_bytes)
     return app
 

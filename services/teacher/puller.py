@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from contextlib import AbstractContextManager
 from functools import partial
 
 import structlog
@@ -16,9 +17,12 @@ from tutelage_client import codec
 from tutelage_client.errors import TutelageError
 from tutelage_client.types import SequenceError
 
-from services.api.core import ScoringCore
-from services.queue import JobClaim, JobWorker, Queue
+from services import tracing
+from services.api.core import ScoringCore, spent
+from services.logs import about
+from services.queue import Failed, JobClaim, JobWorker, Queue
 from services.teacher.jobs import job_request
+from services.teacher.spans import record_wait, score_span
 
 _HOPELESS = frozenset({"INVALID_ARGUMENT", "NOT_FOUND"})
 _BLOCK_MS = 1_000
@@ -85,7 +89,8 @@ class Puller:
         if error is not None:
             # Not even its failure could be written down: let the lease run out.
             worker.abandon(claim)
-            log.error("job_abandoned", group=claim.group, view=claim.view, exc_info=error)
+            with _about(claim):
+                log.error("job_abandoned", exc_info=error)
 
     async def _finish(self, worker: JobWorker) -> None:
         """Wait for running jobs; when told to hurry, cancel them and hand their claims back."""
@@ -99,21 +104,26 @@ class Puller:
         await asyncio.gather(*left, return_exceptions=True)
 
     async def _work(self, worker: JobWorker, claim: JobClaim) -> None:
-        try:
-            outcome = await self._score(worker, claim)
-        except asyncio.CancelledError:
-            await worker.release(claim)
-            self._core.metrics.queue_jobs.labels("released").inc()
-            raise
-        except TutelageError as error:
-            outcome = await self._fail(worker, claim, error)
-        except Exception as error:
-            log.exception("job_broke", group=claim.group, view=claim.view)
-            broke = TutelageError("INTERNAL", f"{type(error).__name__}: {error}")
-            outcome = await self._fail(worker, claim, broke)
-        self._core.metrics.queue_jobs.labels(outcome).inc()
+        stream = self._queue.keys.jobs(self._core.identity.name).stream
+        record_wait(claim, stream)
+        with _about(claim), score_span(claim, stream) as span:
+            try:
+                outcome = await self._score(worker, claim, span)
+            except asyncio.CancelledError:
+                await worker.release(claim)
+                self._core.metrics.queue_jobs.labels("released").inc()
+                span.event("handed_back")
+                raise
+            except TutelageError as error:
+                outcome = await self._fail(worker, claim, span, error)
+            except Exception as error:
+                log.exception("job_broke")
+                broke = TutelageError("INTERNAL", f"{type(error).__name__}: {error}")
+                outcome = await self._fail(worker, claim, span, broke)
+            self._core.metrics.queue_jobs.labels(outcome).inc()
+            span.set({"tutelage.outcome": outcome})
 
-    async def _score(self, worker: JobWorker, claim: JobClaim) -> str:
+    async def _score(self, worker: JobWorker, claim: JobClaim, span: tracing.Span) -> str:
         loaded = await worker.load(claim)
         if loaded is None:
             return "not_needed"
@@ -123,17 +133,24 @@ class Puller:
         score = await self._core.score(
             request, transport="queue", remaining_seconds=remaining, malformed=malformed
         )
+        if tracing.enabled():
+            span.set(spent(score))
         answer = codec.score_to_bytes(score, request.signal.encoding)
         return "committed" if await worker.commit(claim, answer) else "second"
 
-    async def _fail(self, worker: JobWorker, claim: JobClaim, error: TutelageError) -> str:
-        log.warning(
-            "job_failed",
-            group=claim.group,
-            view=claim.view,
-            delivery=claim.deliveries,
-            traceparent=claim.traceparent,
-            error=str(error),
-        )
+    async def _fail(
+        self, worker: JobWorker, claim: JobClaim, span: tracing.Span, error: TutelageError
+    ) -> str:
+        log.warning("job_failed", error=str(error))
+        span.fail(error.code, error.message)
         end = worker.bury if error.code in _HOPELESS else worker.fail
-        return f"failed_{(await end(claim, str(error))).value}"
+        failed = await end(claim, str(error))
+        if failed is Failed.DEAD:
+            span.event("dead_letter")
+        return f"failed_{failed.value}"
+
+
+def _about(claim: JobClaim) -> AbstractContextManager[None]:
+    return about(
+        claim.traceparent, job=claim.entry, group=claim.group, view=claim.view, delivery=claim.deliveries
+    )

@@ -12,6 +12,7 @@ from tutelage.v1.teacher_pb2 import Context, Pins
 from tutelage_client.codec import signal_to_proto
 from tutelage_client.types import Int32Array
 
+from services import tracing
 from student_trainer.lineage import Lineage, to_proto
 from student_trainer.objective.compile import Plan
 from student_trainer.sampler.candidates import student_candidates
@@ -108,6 +109,7 @@ class GroupSampler:
         groups = []
         for i, example in enumerate(examples):
             group = self._group(indices[i], example, prompts[i], responses[i])
+            group.traceparent = traceparent(group.id, lineage)
             group.policy_version = policy_version
             group.lineage.extend(to_proto(lineage))
             group.sampled_by = STUDENT if by_student[i] or self._other is None else self._other.name
@@ -185,7 +187,6 @@ class GroupSampler:
             ],
             temperature=self.sampling.temperature,
             prompt_text=prompt.text,
-            traceparent=traceparent(identifier),
         )
 
     def _requests(self, group: Group) -> tuple[ViewRequest, ...]:
@@ -220,7 +221,11 @@ def _bytes(ids: Int32Array) -> bytes:
     return ids.astype("<i4", copy=False).tobytes()
 
 
-def traceparent(identifier: str) -> str:
-    """A W3C traceparent that a redelivered order makes again for the same group."""
-    digest = hashlib.blake2b(identifier.encode(), digest_size=24).hexdigest()
-    return f"00-{digest[:32]}-{digest[32:]}-01"
+def traceparent(identifier: str, lineage: Lineage = ()) -> str:
+    """The W3C traceparent of a group's root span, the same when a redelivered order makes it again.
+
+    Another run has other traces though it has the same name: its lineage begins with another stretch.
+    """
+    origin = lineage[0].id if lineage else ""
+    digest = hashlib.blake2b(f"{origin}:{identifier}".encode(), digest_size=24).hexdigest()
+    return tracing.root(digest[:32], digest[32:])

@@ -30,14 +30,16 @@ ALLOWED = {
         "services.logs",
         "services.queue",
         "services.models",
+        "services.tracing",
     },
-    "services/api": {"services.access", "services.teacher.engine"},
+    "services/api": {"services.access", "services.teacher.engine", "services.tracing"},
     "student_trainer": {
         "services.access",
         "services.logs",
         "services.metrics_server",
         "services.queue",
         "services.models",
+        "services.tracing",
     },
     "launcher": {"services", "student_trainer"},
 }

@@ -29,6 +29,7 @@ from tutelage_client.connect import (
 )
 from tutelage_client.retry import Attempts, RetryPolicy
 from tutelage_client.stream import OpenStream
+from tutelage_client.trace import trace_metadata
 
 
 class AsyncTeacherClient:
@@ -95,6 +96,7 @@ class AsyncTeacherClient:
         teacher: str = "",
         pins: t.Pins | None = None,
         timeout: float | None = DEFAULT_TIMEOUT_SECONDS,
+        traceparent: str | None = None,
     ) -> t.Score:
         """As TeacherClient.score."""
         request = codec.build_request(
@@ -106,21 +108,24 @@ class AsyncTeacherClient:
             teacher=teacher,
             pins=pins,
         )
-        return await self.score_request(request, timeout)
+        return await self.score_request(request, timeout, traceparent)
 
     async def score_request(
-        self, request: t.ScoreRequest, timeout: float | None = DEFAULT_TIMEOUT_SECONDS
+        self,
+        request: t.ScoreRequest,
+        timeout: float | None = DEFAULT_TIMEOUT_SECONDS,
+        traceparent: str | None = None,
     ) -> t.Score:
         """Score a request as it is."""
         message = codec.request_to_proto(request)
-        return codec.score_from_proto(
-            await self._call("Score", message, codec.request_tokens(request), timeout)
-        )
+        tokens = codec.request_tokens(request)
+        return codec.score_from_proto(await self._call("Score", message, tokens, timeout, traceparent))
 
     async def score_stream(
         self,
         requests: AsyncIterable[t.ScoreRequest] | Iterable[t.ScoreRequest],
         timeout: float | None = DEFAULT_TIMEOUT_SECONDS,
+        traceparent: str | None = None,
     ) -> AsyncIterator[t.StreamAnswer]:
         """As TeacherClient.score_stream."""
         stream = OpenStream(self._balancer)
@@ -128,7 +133,8 @@ class AsyncTeacherClient:
         try:
             method = stream.endpoint.connection.ScoreStream
             with self._closing_is_an_error():
-                call = method(_messages(requests, stream), timeout=timeout, metadata=self._metadata)
+                metadata = (*self._metadata, *trace_metadata(traceparent))
+                call = method(_messages(requests, stream), timeout=timeout, metadata=metadata)
                 try:
                     async for message in call:
                         yield stream.answered(message)
@@ -142,8 +148,16 @@ class AsyncTeacherClient:
         finally:
             stream.close(error)
 
-    async def _call(self, method: str, message: Message, tokens: int, timeout: float | None) -> Any:
+    async def _call(
+        self,
+        method: str,
+        message: Message,
+        tokens: int,
+        timeout: float | None,
+        traceparent: str | None = None,
+    ) -> Any:
         """One unary call, tried until it is answered, refused for good or out of time."""
+        metadata = (*self._metadata, *trace_metadata(traceparent))
         attempts = Attempts(self._retry, timeout)
         while True:
             endpoint = self._balancer.take(tokens)
@@ -151,7 +165,7 @@ class AsyncTeacherClient:
             try:
                 call = getattr(endpoint.connection, method)
                 with self._closing_is_an_error():
-                    return await call(message, timeout=attempts.remaining(), metadata=self._metadata)
+                    return await call(message, timeout=attempts.remaining(), metadata=metadata)
             except grpc.RpcError as raised:
                 error = as_tutelage_error(raised)
             finally:

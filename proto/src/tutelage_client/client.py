@@ -18,6 +18,7 @@ from tutelage_client.balance import Balancer, Endpoint, as_addresses
 from tutelage_client.connect import (
     DEFAULT_TIMEOUT_SECONDS,
     MAX_MESSAGE_BYTES,
+    Metadata,
     Tls,
     as_tutelage_error,
     call_metadata,
@@ -27,6 +28,7 @@ from tutelage_client.connect import (
 from tutelage_client.errors import TutelageError
 from tutelage_client.retry import Attempts, RetryPolicy
 from tutelage_client.stream import OpenStream
+from tutelage_client.trace import trace_metadata
 
 
 class TeacherClient:
@@ -100,6 +102,7 @@ class TeacherClient:
         teacher: str = "",
         pins: t.Pins | None = None,
         timeout: float | None = DEFAULT_TIMEOUT_SECONDS,
+        traceparent: str | None = None,
     ) -> t.Score:
         """Score every token of every response under its context.
 
@@ -115,6 +118,8 @@ class TeacherClient:
             encoding: "float16" halves the log-probabilities on the wire.
             pins: what the teacher must be; otherwise FAILED_PRECONDITION.
             timeout: seconds for everything, retries included.
+            traceparent: W3C, of the caller's span; by default the current one of OpenTelemetry, if the
+                caller uses it.
 
         A sequence that cannot be scored carries its error; `Score.raise_for_errors` raises it.
         """
@@ -127,17 +132,24 @@ class TeacherClient:
             teacher=teacher,
             pins=pins,
         )
-        return self.score_request(request, timeout)
+        return self.score_request(request, timeout, traceparent)
 
     def score_request(
-        self, request: t.ScoreRequest, timeout: float | None = DEFAULT_TIMEOUT_SECONDS
+        self,
+        request: t.ScoreRequest,
+        timeout: float | None = DEFAULT_TIMEOUT_SECONDS,
+        traceparent: str | None = None,
     ) -> t.Score:
         """Score a request as it is."""
         message = codec.request_to_proto(request)
-        return codec.score_from_proto(self._call("Score", message, codec.request_tokens(request), timeout))
+        tokens = codec.request_tokens(request)
+        return codec.score_from_proto(self._call("Score", message, tokens, timeout, traceparent))
 
     def score_stream(
-        self, requests: Iterable[t.ScoreRequest], timeout: float | None = DEFAULT_TIMEOUT_SECONDS
+        self,
+        requests: Iterable[t.ScoreRequest],
+        timeout: float | None = DEFAULT_TIMEOUT_SECONDS,
+        traceparent: str | None = None,
     ) -> Iterator[t.StreamAnswer]:
         """Answers as they finish, in any order, matched by `request_id`.
 
@@ -148,7 +160,8 @@ class TeacherClient:
         error = None
         try:
             method = stream.endpoint.connection.ScoreStream
-            call = self._begin(method, _messages(requests, stream), timeout)
+            metadata = (*self._metadata, *trace_metadata(traceparent))
+            call = self._begin(method, _messages(requests, stream), timeout, metadata)
             try:
                 for message in call:
                     yield stream.answered(message)
@@ -162,25 +175,34 @@ class TeacherClient:
         finally:
             stream.close(error)
 
-    def _call(self, method: str, message: Message, tokens: int, timeout: float | None) -> Any:
+    def _call(
+        self,
+        method: str,
+        message: Message,
+        tokens: int,
+        timeout: float | None,
+        traceparent: str | None = None,
+    ) -> Any:
         """One unary call, tried until it is answered, refused for good or out of time."""
+        metadata = (*self._metadata, *trace_metadata(traceparent))
         attempts = Attempts(self._retry, timeout)
         while True:
             endpoint = self._balancer.take(tokens)
             error = None
             try:
-                return self._begin(getattr(endpoint.connection, method), message, attempts.remaining())
+                call = getattr(endpoint.connection, method)
+                return self._begin(call, message, attempts.remaining(), metadata)
             except grpc.RpcError as raised:
                 error = self._error(raised)
             finally:
                 self._balancer.give_back(endpoint, tokens, error)
             self._closed.wait(attempts.pause_after(error, self._balancer.rest_seconds()))
 
-    def _begin(self, method: Any, message: object, timeout: float | None) -> Any:
+    def _begin(self, method: Any, message: object, timeout: float | None, metadata: Metadata) -> Any:
         if self._closed.is_set():
             raise closed()
         try:
-            return method(message, timeout=timeout, metadata=self._metadata)
+            return method(message, timeout=timeout, metadata=metadata)
         except ValueError as error:  # what gRPC raises when the channel was closed just now
             if not self._closed.is_set():
                 raise

@@ -1,0 +1,1 @@
+"""Traces looked at: a small collector, trees in plain text, and what tracing costs."""
