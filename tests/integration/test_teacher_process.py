@@ -1,10 +1,9 @@
-"""A replica as a process: how it starts, drains, restarts under load, and works for the queue."""
+"""A replica as a process: how it starts, drains, and works for the queue."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from tutelage_client import AsyncTeacherClient, RetryPolicy, TeacherClient, Tute
 from services.exit_status import EXIT_BAD_INPUT
 from services.queue import LeaseSettings, Queue, connect
 from services.queue.embedded import EmbeddedServer
-from services.teacher.engines.fake import FakeEngine, FakeSettings
 from services.teacher.jobs import job_request
 
 REQUEST = codec.build_request([[1, 2, 3]], [[4, 5, 6]] * 4)
@@ -153,56 +151,6 @@ async def test_work_longer_than_the_grace_period_is_cut_and_reported(tmp_path: P
             with pytest.raises(TutelageError):
                 await stuck
         assert "drain_cut_short" in teacher.log.read_text()
-
-
-def rolling_restarts(directory: Path, rounds: int) -> None:
-    """Two replicas under load from four threads; each in turn is drained and replaced."""
-    ports = [{"grpc_port": free_port()} for _ in range(2)]
-    replicas = [TeacherProcess(directory / f"{i}-0", service=ports[i]).wait_ready() for i in range(2)]
-    expected = asyncio.run(FakeEngine(FakeSettings()).score(REQUEST)).sequences[0].sampled
-    stop, failures, answered = threading.Event(), [], []
-
-    def load() -> None:
-        with TeacherClient([f"127.0.0.1:{port['grpc_port']}" for port in ports]) as client:
-            while not stop.is_set():
-                try:
-                    score = client.score_request(REQUEST, timeout=30)
-                    np.testing.assert_array_equal(score.sequences[0].sampled, expected)
-                    answered.append(1)
-                except Exception as error:  # noqa: BLE001 - every kind of failure counts
-                    failures.append(error)
-                time.sleep(0.002)
-
-    threads = [threading.Thread(target=load) for _ in range(4)]
-    try:
-        for thread in threads:
-            thread.start()
-        for number in range(rounds):
-            index = number % 2
-            before = len(answered)
-            assert replicas[index].terminate() == 0
-            fresh = TeacherProcess(directory / f"{index}-{number + 1}", service=ports[index])
-            replicas[index] = fresh.wait_ready()
-            while len(answered) < before + 20 and not failures:
-                time.sleep(0.01)
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join(30)
-        for replica in replicas:
-            replica.kill()
-    assert not failures, failures[:3]
-    assert len(answered) > 20 * rounds
-
-
-def test_rolling_restarts_under_load_are_not_seen_by_clients(tmp_path: Path) -> None:
-    rolling_restarts(tmp_path, rounds=3)
-
-
-@pytest.mark.long
-@pytest.mark.timeout(900)
-def test_fifty_rolling_restarts_under_load_are_not_seen_by_clients(tmp_path: Path) -> None:
-    rolling_restarts(tmp_path, rounds=50)
 
 
 async def wait_scored(queue: Queue, run: str, count: int, seconds: float = 20.0) -> dict[str, object]:
