@@ -12,6 +12,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 RUN = "quickstart-vllm"  # of recipes/quickstart-vllm.toml, as is the number of steps
+RUN_FILE = f"recipes/{RUN}.toml"
 STEPS, PROMPTS_PER_STEP = 100, 128
 PASSWORD = 'REDISCLI_AUTH="$(cat /run/tutelage/queue-password)"'
 
@@ -45,8 +46,18 @@ class Stack:
 
     def healthy(self, service: str) -> int:
         """How many containers of a service say that they are well."""
-        names = self.containers(service)
-        return sum(self.inspect(n)["State"].get("Health", {}).get("Status") == "healthy" for n in names)
+        return sum(self.health(name) == "healthy" for name in self.containers(service))
+
+    def health(self, name: str) -> str:
+        """What Docker thinks of a container: "healthy", "starting", "unhealthy" or, without a check, ""."""
+        state: dict[str, Any] = self.inspect(name)["State"]
+        return str(state.get("Health", {}).get("Status", ""))
+
+    def log(self, name: str, since: float) -> str:
+        """What a container has written since a unix time."""
+        command = ["docker", "logs", "--since", f"{since:.0f}", name]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        return done.stdout + done.stderr
 
     def queue(self, *command: str) -> str | None:
         """An answer of the queue; None while it is away."""

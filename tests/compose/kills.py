@@ -1,0 +1,94 @@
+"""Each component of the stack killed in turn: the others say so in time, and nobody says "finished"."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable
+
+from outcome import Check, report_outcome
+from stack import RUN_FILE, STEPS, Stack, run
+
+REPORTED_WITHIN = 30.0  # seconds
+
+
+def killed_in_turn(check: Check) -> None:
+    """A run whose teachers, sampler, queue and trainer are killed, one kind after the other."""
+    stack = check.stack
+    begun = time.monotonic()
+    stack.compose("up", "--detach")
+    stack.say("docker compose up --detach")
+    stack.wait_for(lambda: stack.step() >= 5, "step 5")
+    stack.say(f"step {stack.step()}: docker compose up --scale teacher=3")
+    stack.compose("up", "--detach", "--no-recreate", "--scale", "teacher=3")
+    kill(check, "teacher", at=15, told=lambda _: said_by_trainer(stack, "no teacher:teacher"))
+    kill(check, "sampler", at=30, told=lambda _: said_by_trainer(stack, "no sampler:"))
+    kill(check, "queue", at=45, told=lambda since: said_by_all(stack, since))
+    kill(check, "trainer", at=60, told=lambda _: said_by_health(stack))
+    stack.wait_for(lambda: stack.healthy("report") == 1, "the end of the run")
+    stack.say(f"finished {time.monotonic() - begun:.0f} s after its start")
+    report_outcome(check)
+    counts = {name: stack.inspect(name)["RestartCount"] for name in stack.containers("teacher")}
+    check.that(len(counts) == 3 and not any(counts.values()), f"no process ended by itself: {counts}")
+
+
+def kill(check: Check, service: str, *, at: int, told: Callable[[float], str | None]) -> None:
+    """docker kill of every container of a service; once that is reported, docker start; then steps again.
+
+    Args:
+        told: who reports it, given the unix time of the kill; None while nobody does.
+    """
+    stack = check.stack
+    stack.wait_for(lambda: stack.step() >= at, f"step {at}")
+    names, before, killed = stack.containers(service), stack.step(), time.time()
+    run(["docker", "kill", *names])
+    stack.say(f"step {before}: docker kill {' '.join(names)}")
+    report = wait_for_report(lambda: told(killed), killed)
+    check.that(
+        report is not None,
+        f"{service} killed: told within {REPORTED_WITHIN:.0f} s"
+        + (f", {report}" if report else ": by nobody"),
+    )
+    status = stack.progress("status")
+    check.that(status != "finished", f"without {service}: status {status!r}")
+    run(["docker", "start", *names])
+    stack.say(f"docker start {' '.join(names)}")
+    if service == "trainer":
+        stack.wait_for(lambda: stack.progress("status") == "training" and stack.step() < before, "resumption")
+        stack.say(f"the trainer went on from step {stack.step()}, its last checkpoint")
+    stack.wait_for(lambda: stack.progress("step") is not None, "the queue's answer", 60.0)
+    after = stack.step()
+    took = stack.wait_for(lambda: stack.step() > after + 1 or after >= STEPS - 2, "steps after the kill")
+    stack.say(f"{service} killed at step {before}: steps go on {took:.0f} s after its start")
+
+
+def wait_for_report(told: Callable[[], str | None], since: float) -> str | None:
+    """What was told, and when; None when it took too long."""
+    while time.time() - since < REPORTED_WITHIN:
+        if report := told():
+            return f"after {time.time() - since:.0f} s: {report}"
+        time.sleep(0.5)
+    return None
+
+
+def said_by_trainer(stack: Stack, words: str) -> str | None:
+    status = str(stack.progress("status"))
+    return f"the trainer's status is {status!r}" if words in status else None
+
+
+def said_by_all(stack: Stack, since: float) -> str | None:
+    """Trainer, sampler and every teacher log that the queue is away."""
+    names = [name for service in ("trainer", "sampler", "teacher") for name in stack.containers(service)]
+    silent = [name for name in names if "queue unreachable" not in stack.log(name, since)]
+    return None if silent else f"{len(names)} containers log 'queue unreachable'"
+
+
+def said_by_health(stack: Stack) -> str | None:
+    """The trainer's own health check, asked of another container."""
+    ask = ["python", "-m", "launcher.health", RUN_FILE, "--trainer"]
+    done = subprocess.run(
+        ["docker", "exec", stack.container("report"), *ask],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    text = done.stderr.strip()
+    return f"its health check says {text!r}" if done.returncode == 1 and "not present" in text else None
