@@ -221,12 +221,16 @@ class _LastWords(logging.Filter):
 
 def _resource(service: str, instance: str) -> Resource:
     """What every span says about its process; what OTEL_* variables say comes first."""
-    given = Resource.create().attributes
-    own: dict[str, str | int] = {"service.instance.id": instance, "process.pid": os.getpid()}
-    # OpenTelemetry's own name for what has none is "unknown_service".
-    if str(given.get("service.name", "")).startswith("unknown_service"):
-        own["service.name"] = service
-    return Resource.create({key: own[key] for key in own if key == "service.name" or key not in given})
+    own: dict[str, str | int] = {
+        "service.name": service,
+        "service.instance.id": instance,
+        "process.pid": os.getpid(),
+    }
+    pairs = os.environ.get("OTEL_RESOURCE_ATTRIBUTES", "").split(",")
+    given = {pair.partition("=")[0].strip() for pair in pairs}
+    if os.environ.get("OTEL_SERVICE_NAME"):
+        given.add("service.name")
+    return Resource.create({name: value for name, value in own.items() if name not in given})
 
 
 def _context(parent: str | None, state: str = "") -> Context | None:

@@ -1,12 +1,8 @@
-"""Fixtures for traced processes: a collector, and the variables that make a process send its spans there."""
+"""Traced processes in tests: their variables, and questions to ask of the spans that they sent."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import pytest
-
-from benchmarks.tracing.collector import Collector, Span
+from benchmarks.tracing.collector import Span
 
 # Soon: a test waits for spans, and a process that is killed must have sent what it had finished.
 SOON = {"OTEL_BSP_SCHEDULE_DELAY": "50", "OTEL_EXPORTER_OTLP_TIMEOUT": "1"}
@@ -15,15 +11,6 @@ SOON = {"OTEL_BSP_SCHEDULE_DELAY": "50", "OTEL_EXPORTER_OTLP_TIMEOUT": "1"}
 def traced(endpoint: str) -> dict[str, str]:
     """Variables of a process that sends its spans to `endpoint`."""
     return {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint, **SOON}
-
-
-@pytest.fixture
-def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
-    """A collector that processes started by the test send to."""
-    with Collector() as collector:
-        for name, value in traced(collector.endpoint).items():
-            monkeypatch.setenv(name, value)
-        yield collector
 
 
 def children(parent: Span, spans: list[Span]) -> list[Span]:
