@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import typer
 
 from launcher.cli_errors import one_line_errors
+from launcher.cli_look import exporter, status
 from launcher.cli_teacher import PASSES_OPTIONS_ON, teacher
 from launcher.queue_address import QUEUE_URL_VARIABLE, given_queue_url
 
@@ -46,6 +47,19 @@ QueueUrl = Annotated[
         envvar=QUEUE_URL_VARIABLE,
         help="The queue's address, instead of the run file's.",
         show_default=False,
+    ),
+]
+MetricsHost = Annotated[
+    str | None,
+    typer.Option(
+        help="Address of the metrics port, instead of the run file's; beyond loopback a token is required.",
+        show_default=False,
+    ),
+]
+MetricsTokenFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="Tokens of the metrics port, one per line, instead of the run file's.", show_default=False
     ),
 ]
 EVERYTHING, PIECES, LOOK = "Everything at once", "One process at a time", "Look and check"
@@ -100,6 +114,7 @@ def up(run_file: RunFile, *, queue: QueueUrl = None) -> None:
 
 
 app.command(rich_help_panel=PIECES, context_settings=PASSES_OPTIONS_ON)(teacher)
+app.command(rich_help_panel=PIECES)(exporter)
 
 
 @app.command(rich_help_panel=PIECES)
@@ -116,6 +131,15 @@ def rollout(
         ),
     ] = None,
     queue: QueueUrl = None,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(
+            help="Port of /health and /metrics, instead of the run file's; without one it listens nowhere.",
+            show_default=False,
+        ),
+    ] = None,
+    metrics_host: MetricsHost = None,
+    metrics_token_file: MetricsTokenFile = None,
 ) -> None:
     """Sample responses for a run, as one of its rollout processes.
 
@@ -126,12 +150,15 @@ def rollout(
 
       tutelage rollout run.toml --name sampler-1
 
-      tutelage rollout run.toml --name sampler-2 --engine vllm
+      tutelage rollout run.toml --name sampler-2 --engine vllm --metrics-port 9466
     """
     with one_line_errors():
         from student_trainer.config import load_run_config
 
-        config = load_run_config(run_file, sampling_engine=engine, queue_url=given_queue_url(queue))
+        metrics = {"sampler_port": metrics_port, "host": metrics_host, "token_file": metrics_token_file}
+        config = load_run_config(
+            run_file, sampling_engine=engine, queue_url=given_queue_url(queue), metrics=metrics
+        )
         from student_trainer.sampler.process import main as sampler
 
         raise typer.Exit(sampler(config, name))
@@ -146,6 +173,8 @@ def train(
         int | None,
         typer.Option(help="Port of /health and /metrics, instead of the run file's.", show_default=False),
     ] = None,
+    metrics_host: MetricsHost = None,
+    metrics_token_file: MetricsTokenFile = None,
 ) -> None:
     """Train the student of a run, continuing from its newest checkpoint.
 
@@ -156,10 +185,14 @@ def train(
     with one_line_errors():
         from student_trainer.config import load_run_config
 
-        config = load_run_config(run_file, queue_url=given_queue_url(queue), metrics_port=metrics_port)
+        metrics = {"trainer_port": metrics_port, "host": metrics_host, "token_file": metrics_token_file}
+        config = load_run_config(run_file, queue_url=given_queue_url(queue), metrics=metrics)
         from student_trainer.train import main as trainer
 
         raise typer.Exit(trainer(config))
+
+
+app.command(rich_help_panel=LOOK)(status)
 
 
 @app.command(rich_help_panel=LOOK)

@@ -7,6 +7,10 @@ import hmac
 import ipaddress
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from tutelage_client.errors import invalid
 
 LOOPBACK = "127.0.0.1"
 # What a probe may ask without a secret: that a process lives, and that it can be asked for more.
@@ -54,6 +58,40 @@ def check_exposure(hosts: Iterable[str], *, with_token: bool, remedy: str) -> No
     exposed = [host for host in hosts if not is_loopback(host)]
     if exposed and not with_token:
         raise ValueError(f"host: got {exposed[0]!r} without a token; beyond loopback set {remedy}")
+
+
+class TokenSettings(BaseModel):
+    """Accepted tokens, given one by one or in a file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tokens: tuple[SecretStr, ...] = Field(default=(), description="bearer tokens, any of which is accepted")
+    token_file: Path | None = Field(default=None, description="more tokens, one per line")
+
+    @model_validator(mode="after")
+    def _no_empty_token(self) -> Self:
+        if any(not token.get_secret_value().strip() for token in self.tokens):
+            raise ValueError("tokens: got an empty token, every token needs at least one character")
+        return self
+
+    @property
+    def with_token(self) -> bool:
+        """Whether callers need one."""
+        return bool(self.tokens) or self.token_file is not None
+
+    def read_tokens(self) -> list[str]:
+        """All accepted tokens; raises ValueError when a token file is given but holds none."""
+        tokens = [token.get_secret_value() for token in self.tokens]
+        if self.token_file is not None:
+            tokens += read_token_file(self.token_file)
+        return tokens
+
+    def token_check(self) -> TokenCheck:
+        """The same, as a check; raises TutelageError INVALID_ARGUMENT for a file that cannot be used."""
+        try:
+            return TokenCheck(self.read_tokens())
+        except (OSError, ValueError) as error:
+            raise invalid(f"service tokens: {error}") from error
 
 
 def read_token_file(path: Path) -> list[str]:

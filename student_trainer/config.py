@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from services.access import LOOPBACK, TokenCheck, TokenSettings, check_exposure
 from services.models.vllm_settings import MAX_BATCH_TOKENS, VllmSettings, check_engine
 from student_trainer.config_errors import RunFileError, describe_errors
 from student_trainer.objective.settings import ObjectiveSettings
@@ -180,9 +182,6 @@ class TrainingSettings(_Section):
         10, ge=0, description="steps between rollouts written for the report, from the first on; 0: never"
     )
     sample_groups: int = Field(4, ge=1, description="groups written each time")
-    metrics_port: int = Field(
-        0, ge=0, le=65535, description="loopback port of /health, /metrics and /status; 0: any free port"
-    )
     trackers: tuple[Tracker, ...] = Field(
         ("tensorboard",),
         description='where metrics go besides the console and metrics.jsonl: "tensorboard", '
@@ -195,6 +194,30 @@ class TrainingSettings(_Section):
         if not all(0.0 <= beta < 1.0 for beta in betas):
             raise ValueError(f"got {list(betas)}, each must be in [0, 1)")
         return betas
+
+
+class MetricsSettings(_Section):
+    """The HTTP ports of trainer and samplers: /health, /metrics, and the trainer's /status."""
+
+    host: str = Field(
+        LOOPBACK, description="address that they listen on; beyond loopback a token is required"
+    )
+    token_file: Path | None = Field(
+        None, description="bearer tokens, one per line, any of which is accepted; /health wants none"
+    )
+    trainer_port: int = Field(0, ge=0, le=65535, description="the trainer's port; 0: any free port")
+    sampler_port: int | None = Field(
+        None, ge=0, le=65535, description="a sampler's port; 0: any free port; absent: it listens nowhere"
+    )
+
+    @model_validator(mode="after")
+    def _closed_by_default(self) -> Self:
+        check_exposure([self.host], with_token=self.token_file is not None, remedy="metrics.token_file")
+        return self
+
+    def tokens(self) -> TokenCheck:
+        """Raises TutelageError INVALID_ARGUMENT for a token file that cannot be used."""
+        return TokenSettings(token_file=self.token_file).token_check()
 
 
 class RunConfig(_Section):
@@ -210,6 +233,7 @@ class RunConfig(_Section):
     sampling: SamplingSettings = SamplingSettings()
     objective: ObjectiveSettings
     training: TrainingSettings
+    metrics: MetricsSettings = MetricsSettings()
 
     @property
     def threads(self) -> int | None:
@@ -237,14 +261,14 @@ def load_run_config(
     *,
     sampling_engine: str | None = None,
     queue_url: str | None = None,
-    metrics_port: int | None = None,
+    metrics: Mapping[str, Any] | None = None,
 ) -> RunConfig:
     """Read a run file. Relative paths in it are relative to the working directory.
 
     Args:
         sampling_engine: takes the place of [sampling] engine.
         queue_url: takes the place of [queue] url.
-        metrics_port: takes the place of [training] metrics_port.
+        metrics: keys of [metrics]; each that is not None takes the place of the file's.
 
     Raises:
         RunFileError: the file is missing, is not TOML, or says something that cannot be.
@@ -257,10 +281,8 @@ def load_run_config(
         raise RunFileError(str(path), [f"not a TOML document: {error}"]) from error
     if sampling_engine is not None:
         _choose_engine(document, sampling_engine)
-    for section, key, value in (
-        ("queue", "url", queue_url),
-        ("training", "metrics_port", metrics_port),
-    ):
+    given = [("queue", "url", queue_url), *(("metrics", *pair) for pair in (metrics or {}).items())]
+    for section, key, value in given:
         if value is not None and isinstance(table := document.setdefault(section, {}), dict):
             table[key] = value
     return parse_run_config(document, str(path))

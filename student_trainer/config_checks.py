@@ -23,6 +23,7 @@ def check_sections(config: RunConfig) -> None:
     _check_sampling_engine(config)
     _check_teacher_engines(config)
     _check_evaluation(config)
+    _check_ports(config)
 
 
 def _check_teacher_names(config: RunConfig) -> None:
@@ -103,3 +104,12 @@ def _check_evaluation(config: RunConfig) -> None:
             raise ValueError(
                 "[training] evaluate_every: needs [data] answer_field to check responses against"
             )
+
+
+def _check_ports(config: RunConfig) -> None:
+    port, replicas = config.metrics.sampler_port, config.sampling.replicas
+    if port and replicas > 1:
+        raise ValueError(
+            f"metrics.sampler_port: got {port} with sampling.replicas = {replicas}; several samplers cannot "
+            "listen on one port, 0 gives each a free one"
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import structlog
 
@@ -13,7 +13,7 @@ from services.queue import Queue
 from student_trainer.config import RunConfig
 from student_trainer.evaluations import Evaluation
 from student_trainer.learner import StepResult
-from student_trainer.ledger import Ledger
+from student_trainer.ledger import DropReason, Ledger
 from student_trainer.metrics import MetricsFile, Tracker, evaluation_record
 from student_trainer.samples import discard_samples_above, write_samples
 from student_trainer.status import StatusServer
@@ -31,6 +31,9 @@ _SHOWN = (
     "staleness_mean",
     "gradient_norm",
     "learning_rate",
+    "refused_steps",
+    "seconds_wait",
+    "seconds_train",
 )
 
 
@@ -102,6 +105,7 @@ class Recorder:
             "step": ledger.step,
             "steps": self._training.steps,
             "policy_version": ledger.step,
+            "groups_dropped": {reason: ledger.drop_counts[reason] for reason in get_args(DropReason)},
             "metrics_address": self._status.address,
         }
 

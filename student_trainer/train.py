@@ -12,6 +12,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 from tutelage_client.errors import TutelageError
 
+from services import tracing
 from services.logs import log_to_stderr
 from services.queue import Queue
 from student_trainer.checkpoint import CheckpointStore
@@ -47,8 +48,12 @@ def main(config: RunConfig) -> int:
             "FAILED_PRECONDITION",
             "WORLD_SIZE: torchrun started several processes; a run has one trainer, which is one process",
         )
+    tracing.start("tutelage-trainer", config.run.name)
     _configure_torch(config)
-    asyncio.run(_train(config))
+    try:
+        asyncio.run(_train(config))
+    finally:
+        tracing.stop()
     return 0
 
 
@@ -57,7 +62,7 @@ async def _train(config: RunConfig) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with run_queue(config) as queue:
-        with queue.presence("trainer", config.run.name), StatusServer(config.training.metrics_port) as status:
+        with queue.presence("trainer", config.run.name), StatusServer(config.metrics) as status:
             log.info("status port", address=status.address)
             parts = await _build(config, queue, status, stop)
             log.info("training", **describe(parts))

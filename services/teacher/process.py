@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import NoReturn
 
 import structlog
-from tutelage_client.errors import TutelageError, invalid
+from tutelage_client.errors import TutelageError
 
-from services.access import TokenCheck
+from services import tracing
 from services.api.core import ScoringCore
 from services.api.grpc_server import GrpcServer
 from services.api.http_app import build_app, build_metrics_app
 from services.api.http_server import HttpServer
-from services.api.settings import ServiceSettings
 from services.exit_status import EXIT_FAILED, exit_status
 from services.logs import log_to_stderr
 from services.teacher.build import build_engine
@@ -52,6 +51,7 @@ def main(settings: TeacherSettings) -> NoReturn:
 
 async def _run_to_the_end(settings: TeacherSettings) -> NoReturn:
     try:
+        tracing.start("tutelage-teacher", settings.consumer)
         status = await Replica(settings).run()
     except (OSError, TutelageError) as error:
         _log.error("cannot_serve", error=str(error))
@@ -59,6 +59,7 @@ async def _run_to_the_end(settings: TeacherSettings) -> NoReturn:
     except Exception:  # noqa: BLE001 - logged, and nobody is left to raise it to
         _log.exception("replica_failed")
         status = EXIT_FAILED
+    await asyncio.to_thread(tracing.stop)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -84,7 +85,7 @@ class Replica:
         """Listen, load, serve, drain."""
         self._catch_signals()
         service, core = self._settings.service, self._core
-        tokens = _token_check(service)
+        tokens = service.token_check()
         self._grpc = GrpcServer(core, service)
         self._http = [HttpServer(build_app(core, service, tokens), service.host, service.http_port, service)]
         if service.metrics_port is not None:
@@ -204,13 +205,6 @@ class Replica:
         if len(self._http) > 1:
             addresses["metrics"] = self._http[1].url
         return addresses
-
-
-def _token_check(service: ServiceSettings) -> TokenCheck:
-    try:
-        return TokenCheck(service.read_tokens())
-    except (OSError, ValueError) as error:
-        raise invalid(f"service tokens: {error}") from error
 
 
 def _write_whole(path: Path, text: str) -> None:

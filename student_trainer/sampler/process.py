@@ -6,13 +6,14 @@ import asyncio
 import signal
 import time
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import structlog
 import torch
 from tutelage_client.errors import TutelageError
 
-from services.logs import log_to_stderr
+from services import tracing
+from services.logs import about, log_to_stderr
 from services.queue import OrderClaim, OrderWorker, Queue, Submitted
 from student_trainer.config import RunConfig
 from student_trainer.policy_store import PolicyStore, PolicyVersion
@@ -21,7 +22,9 @@ from student_trainer.sampler.build import build_sampler
 from student_trainer.sampler.evaluation import evaluate
 from student_trainer.sampler.generate import GenerationInterruptedError
 from student_trainer.sampler.groups import GroupSampler, SampledGroup
+from student_trainer.sampler.metrics import Counters, FullQueue, metrics_port
 from student_trainer.sampler.policy import StudentPolicy
+from student_trainer.sampler.spans import RolloutTimes, record_rollout
 from student_trainer.waiting import sampler_role
 
 CLAIM_MS = 500
@@ -40,10 +43,14 @@ def main(config: RunConfig, name: str) -> int:
         TutelageError: the run cannot be sampled as configured.
     """
     log_to_stderr()
+    tracing.start("tutelage-sampler", name)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     torch.use_deterministic_algorithms(config.run.deterministic)
-    asyncio.run(_serve(config, name))
+    try:
+        asyncio.run(_serve(config, name))
+    finally:
+        tracing.stop()
     return 0
 
 
@@ -51,8 +58,9 @@ async def _serve(config: RunConfig, name: str) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    counters = Counters()
     async with run_queue(config) as queue:
-        with queue.presence(sampler_role(config.run.name), name):
+        with queue.presence(sampler_role(config.run.name), name), metrics_port(config.metrics, counters):
             built = await _build(config, stop)
             if built is None:
                 return
@@ -66,6 +74,7 @@ async def _serve(config: RunConfig, name: str) -> None:
                         worker=worker,
                         policy=policy,
                         sampler=sampler,
+                        counters=counters,
                         stop=stop,
                     )
                     await service.serve()
@@ -100,20 +109,6 @@ async def _first_policy(store: PolicyStore, stop: asyncio.Event) -> PolicyVersio
     return None
 
 
-@dataclass(slots=True)
-class Counters:
-    """What this process has done; published in the run's progress after every order."""
-
-    orders: int = 0
-    groups: int = 0
-    tokens: int = 0
-    evaluations: int = 0
-    sample_seconds: float = 0.0
-    policy_wait_seconds: float = 0.0
-    full_wait_seconds: float = 0.0
-    policy_version: int = 0
-
-
 class OrderService:
     """Works on one order at a time, so that a batch is a function of its order alone."""
 
@@ -126,6 +121,7 @@ class OrderService:
         worker: OrderWorker,
         policy: StudentPolicy,
         sampler: GroupSampler,
+        counters: Counters,
         stop: asyncio.Event,
     ) -> None:
         self._config = config
@@ -135,17 +131,26 @@ class OrderService:
         self._policy = policy
         self._sampler = sampler
         self._stop = stop
-        self._counters = Counters()
+        self._counters = counters
+        self._full = FullQueue(counters)
+        counters.policy_version = policy.version
 
     async def serve(self) -> None:
         """Claim and work until stopped; an unfinished order goes back to the queue at once."""
         interrupter = asyncio.create_task(self._interrupt_when_stopped())
         try:
             while not self._stop.is_set():
-                for claim in await self._worker.claim(1, CLAIM_MS):
-                    await self._attempt(claim)
+                for claim in await self._claim():
+                    with about(order=claim.order.id, delivery=claim.deliveries):
+                        await self._attempt(claim)
         finally:
             interrupter.cancel()
+
+    async def _claim(self) -> list[OrderClaim]:
+        started = time.perf_counter()
+        claims = await self._worker.claim(1, CLAIM_MS)
+        self._counters.order_wait_seconds += time.perf_counter() - started
+        return claims
 
     async def _interrupt_when_stopped(self) -> None:
         await self._stop.wait()
@@ -158,7 +163,7 @@ class OrderService:
         except GenerationInterruptedError:
             done = False
         except TutelageError as error:
-            log.error("order failed", order=claim.order.id, delivery=claim.deliveries, error=str(error))
+            log.error("order failed", error=str(error))
             if error.code == "INTERNAL":
                 await self._worker.fail(claim, str(error))
             else:
@@ -172,7 +177,7 @@ class OrderService:
             self._counters.orders += 1
             await self._publish()
         elif self._worker.holds(claim):
-            log.info("order handed back", order=claim.order.id)
+            log.info("order handed back")
             await self._worker.release(claim)
 
     async def _work(self, claim: OrderClaim) -> bool:
@@ -188,11 +193,14 @@ class OrderService:
         for start in range(order.first_group, end, size):
             if self._stop.is_set() or not self._worker.holds(claim):
                 return False
+            began = time.time_ns()
             groups = await self._sample(range(start, min(start + size, end)))
+            times = began, time.time_ns()
             for at in range(0, len(groups), SUBMITTED_AT_ONCE):
                 some = groups[at : at + SUBMITTED_AT_ONCE]
-                if not all(await asyncio.gather(*(self._submit(group, claim) for group in some))):
+                if not all(await asyncio.gather(*(self._submit(group, claim, times) for group in some))):
                     return False
+        log.info("order sampled", groups=order.num_groups, policy_version=self._policy.version)
         return True
 
     async def _wait_for_policy(self, claim: OrderClaim) -> bool:
@@ -212,25 +220,27 @@ class OrderService:
         self._counters.sample_seconds += time.perf_counter() - started
         return groups
 
-    async def _submit(self, sampled: SampledGroup, claim: OrderClaim) -> bool:
-        """Into the queue, waiting while the teachers have enough to do."""
-        started = time.perf_counter()
+    async def _submit(self, sampled: SampledGroup, claim: OrderClaim, times: tuple[int, int]) -> bool:
+        """Into the queue, traced; `times` are unix nanoseconds when sampling began and ended."""
+        with about(sampled.group.traceparent, group=sampled.group.id):
+            answer = await self._enqueue(sampled, claim)
+            if answer in (Submitted.QUEUED, Submitted.EXISTS):
+                record_rollout(sampled, claim, RolloutTimes(*times, submitted=time.time_ns()), answer)
+                return True
+            if answer is Submitted.LOST:
+                log.warning("order lost to another sampler")
+            return False
+
+    async def _enqueue(self, sampled: SampledGroup, claim: OrderClaim) -> Submitted:
+        """Into the queue, waiting while the teachers have enough to do; FULL when stopped meanwhile."""
         while True:
             answer = await self._queue.submit_group(sampled.group, sampled.requests, order=claim)
-            if answer is not Submitted.FULL:
+            if answer is not Submitted.FULL or self._stop.is_set():
                 break
-            if self._stop.is_set():
-                return False
-            await asyncio.sleep(FULL_SECONDS)
-            self._counters.full_wait_seconds += time.perf_counter() - started
-            started = time.perf_counter()
-        if answer is Submitted.LOST:
-            log.warning("order lost to another sampler", order=claim.order.id)
-            return False
-        if answer is Submitted.QUEUED:
-            self._counters.groups += 1
-            self._counters.tokens += sampled.num_tokens
-        return True
+            with self._full:
+                await asyncio.sleep(FULL_SECONDS)
+        self._counters.count(answer, sampled.num_tokens)
+        return answer
 
     async def _evaluate(self) -> None:
         version = self._policy.version

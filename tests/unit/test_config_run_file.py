@@ -184,9 +184,11 @@ def test_the_command_line_chooses_another_sampling_engine(tmp_path: Path) -> Non
 def test_the_command_line_chooses_another_queue_and_port(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text(MINIMAL)
-    config = load_run_config(path, queue_url="redis://elsewhere", metrics_port=8082)
-    assert (config.queue.url, config.training.metrics_port) == ("redis://elsewhere", 8082)
-    for arguments in ({"queue_url": "http://no"}, {"metrics_port": -1}):
+    metrics = {"trainer_port": 8082, "host": None}
+    config = load_run_config(path, queue_url="redis://elsewhere", metrics=metrics)
+    assert (config.queue.url, config.metrics.trainer_port) == ("redis://elsewhere", 8082)
+    assert (config.metrics.host, config.metrics.sampler_port) == ("127.0.0.1", None)
+    for arguments in ({"queue_url": "http://no"}, {"metrics": {"trainer_port": -1}}):
         with pytest.raises(RunFileError):
             load_run_config(path, **arguments)  # type: ignore[arg-type]
     path.write_text("queue = 3\n")

@@ -133,7 +133,7 @@ def test_trainer_and_sampler_start_with_what_they_are_given(
         ran = CliRunner().invoke(app, words, env={"TUTELAGE_QUEUE_URL": known["TUTELAGE_QUEUE_URL"]})
         assert ran.exit_code == 0, ran.output
         if pod.labels["app.kubernetes.io/component"] == "trainer":
-            port = started[-1].training.metrics_port
+            port = started[-1].metrics.trainer_port
             for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
                 assert container[probe]["exec"]["command"][-1] == f"http://127.0.0.1:{port}/health"
         else:

@@ -12,7 +12,7 @@ from tutelage_client.errors import TutelageError
 
 from student_trainer import trackers
 from student_trainer.checkpoint import CheckpointStore, find_damage
-from student_trainer.config import RunConfig, parse_run_config
+from student_trainer.config import MetricsSettings, RunConfig, parse_run_config
 from student_trainer.learner import Learner
 from student_trainer.metrics import MetricsFile, SamplingRates, open_trackers
 from student_trainer.objective.compile import compile_plan
@@ -91,7 +91,7 @@ def test_samples_of_lost_steps_are_deleted(tmp_path: Path) -> None:
 
 
 def test_status_port_answers_on_loopback_only() -> None:
-    with StatusServer(0) as server:
+    with StatusServer(MetricsSettings()) as server:
         assert server.address.startswith("http://127.0.0.1:")
         server.update({"loss": 0.5, "status": "training", "step": 3})
         server.update({"step": 4})
@@ -100,6 +100,17 @@ def test_status_port_answers_on_loopback_only() -> None:
         metrics = urllib.request.urlopen(server.address + "/metrics").read().decode()
     assert "tutelage_trainer_step 4.0" in metrics
     assert "status" not in metrics
+
+
+def test_dropped_groups_are_told_apart_by_their_reason() -> None:
+    with StatusServer(MetricsSettings()) as server:
+        server.update({"groups_dropped": {"stale": 2, "failed": 0}})
+        server.update({"groups_dropped": {"stale": 3, "failed": 0}})
+        metrics = urllib.request.urlopen(server.address + "/metrics").read().decode()
+        status = json.loads(urllib.request.urlopen(server.address + "/status").read())
+    assert 'tutelage_trainer_groups_dropped{reason="stale"} 3.0' in metrics
+    assert 'tutelage_trainer_groups_dropped{reason="failed"} 0.0' in metrics
+    assert status["groups_dropped"] == {"stale": 3, "failed": 0}
 
 
 def test_tracker_that_is_not_installed_says_what_to_install(
