@@ -35,7 +35,7 @@ def say_what_is_real(days: Sequence[Day]) -> None:
         "run": "a Valkey server; Queue, JobWorker and Puller with their leases; the scoring core; the fake "
         "engine at its own tokens_per_second; drains with their grace period; kill -9 of hosts; a reader "
         f"as a trainer's. Replicas are tasks in {setup.hosts} processes. Groups are counted out and in.",
-        "simulated": f"time, {setup.factor:.0f} seconds in a real one; sizes, a token in the queue stands for "
+        "simulated": f"time, {setup.factor:.0f} seconds in a real one; sizes, a token in the queue is "
         f"{setup.unit:,.0f}; the load; the autoscalers, by their documented arithmetic on the rules as "
         f"deployed but with up to {MOST} replicas, the HPA on figures {setup.metric_age:.0f} s old; "
         f"loading a model, {setup.model_load_seconds:.0f} s of sleep. No Kubernetes, GPU or model.",

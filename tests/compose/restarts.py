@@ -7,7 +7,9 @@ import io
 import json
 import subprocess
 import tarfile
+import tempfile
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -40,7 +42,8 @@ class Callers:
         }
 
     def __enter__(self) -> Self:
-        self._log = (ROOT / "tests/compose" / f".callers-{self._name}.log").open("w+")
+        self._directory = tempfile.TemporaryDirectory(prefix="callers-")
+        self._log = Path(self._directory.name) / "log"
         self._process = start_callers(self._check.stack.container("report"), self._options, self._log)
         return self
 
@@ -55,14 +58,11 @@ class Callers:
             self._process.kill()
         if kind is None:
             self._judge()
-        self._log.close()
+        self._directory.cleanup()
 
     def newest(self) -> dict[str, Any]:
         """The last whole line they have printed."""
-        self._log.seek(0)
-        lines = [
-            line for line in self._log.read().splitlines() if line.startswith("{") and line.endswith("}")
-        ]
+        lines = [line for line in self._log.read_text().splitlines() if line[:1] + line[-1:] == "{}"]
         return json.loads(lines[-1]) if lines else {}  # type: ignore[no-any-return]
 
     def more(self, count: int, seconds: float = 120.0) -> None:
@@ -71,8 +71,7 @@ class Callers:
         deadline = time.monotonic() + seconds
         while any(now < then + count for now, then in zip(self._counts(), before, strict=True)):
             if self._process.poll() is not None or time.monotonic() > deadline:
-                self._log.seek(0)
-                raise SystemExit(f"FAILED: callers {self._name} got no further:\n{self._log.read()[-3000:]}")
+                raise SystemExit(f"FAILED: callers {self._name} got no further:\n{self._end_of_log()}")
             time.sleep(0.5)
 
     def _counts(self) -> list[int]:
@@ -80,11 +79,13 @@ class Callers:
         answered = newest.get("answered", {})
         return [answered.get("grpc", 0), answered.get("http", 0), newest.get("scored", 0)]
 
+    def _end_of_log(self) -> str:
+        return self._log.read_text()[-3000:]
+
     def _judge(self) -> None:
         seen = self.newest()
         if not seen.get("done"):
-            self._log.seek(0)
-            self._check.that(False, f"callers {self._name} ended well:\n{self._log.read()[-3000:]}")
+            self._check.that(False, f"callers {self._name} ended well:\n{self._end_of_log()}")
             return
         self._check.that(
             not seen["failures"],
@@ -98,14 +99,15 @@ class Callers:
         )
 
 
-def start_callers(container: str, options: dict[str, Any], log: Any) -> subprocess.Popen[str]:
+def start_callers(container: str, options: dict[str, Any], log: Path) -> subprocess.Popen[str]:
     """Copies the callers into a container, whose only writable place is /tmp, and starts them there."""
     run(["docker", "exec", container, "python", "-c", UNPACK, packed_support()])
-    return subprocess.Popen(
-        ["docker", "exec", "--interactive", "--env", "PYTHONPATH=/tmp/check", container,
-         "python", "-m", "support.stack_load", json.dumps(options)],
-        stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    command = ["python", "-m", "support.stack_load", json.dumps(options)]
+    with log.open("w") as out:
+        return subprocess.Popen(
+            ["docker", "exec", "--interactive", "--env", "PYTHONPATH=/tmp/check", container, *command],
+            stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
 
 
 def packed_support() -> str:
