@@ -89,7 +89,7 @@ class Puller:
         if error is not None:
             # Not even its failure could be written down: let the lease run out.
             worker.abandon(claim)
-            with _about(claim):
+            with job_log(claim):
                 log.error("job_abandoned", exc_info=error)
 
     async def _finish(self, worker: JobWorker) -> None:
@@ -106,7 +106,7 @@ class Puller:
     async def _work(self, worker: JobWorker, claim: JobClaim) -> None:
         stream = self._queue.keys.jobs(self._core.identity.name).stream
         record_wait(claim, stream)
-        with _about(claim), score_span(claim, stream) as span:
+        with job_log(claim), score_span(claim, stream) as span:
             try:
                 outcome = await self._score(worker, claim, span)
             except asyncio.CancelledError:
@@ -150,7 +150,8 @@ class Puller:
         return f"failed_{failed.value}"
 
 
-def _about(claim: JobClaim) -> AbstractContextManager[None]:
+def job_log(claim: JobClaim) -> AbstractContextManager[None]:
+    """Every line that is logged inside is about the job."""
     return about(
         claim.traceparent, job=claim.entry, group=claim.group, view=claim.view, delivery=claim.deliveries
     )
