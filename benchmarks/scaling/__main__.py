@@ -21,11 +21,16 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=480.0, help="real seconds that a day takes")
     parser.add_argument("--quick", action="store_true", help="forty minutes, nothing recorded")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--waiting", type=float, default=1.0, metavar="FACTOR",
+        help="try the rules with an average for what waits that is so much larger; nothing recorded",
+    )  # fmt: skip
     options = parser.parse_args()
+    trial = options.quick or options.waiting != 1.0
     done = []
     for name in options.rules:
         before = os.getloadavg()[0]
-        setup = quick_setup(name) if options.quick else day_setup(name, options.seconds)
+        setup = quick_setup(name) if options.quick else day_setup(name, options.seconds, options.waiting)
         hours, seconds = setup.load.seconds / HOUR, setup.load.seconds / setup.factor
         print(f"{name}: {hours:.1f} h in {seconds:.0f} s, load average {before:.2f} before", flush=True)
         day = asyncio.run(Simulation(replace(setup, seed=options.seed)).run())
@@ -33,9 +38,9 @@ def main() -> int:
     say_what_is_real([day for day, _, _ in done])
     for day, result, before in done:
         print_day(day, result)
-        if not options.quick:
+        if not trial:
             record_day(day, result, before)
-    if not options.quick:
+    if not trial:
         draw([(day, result) for day, result, _ in done])
         print(f"\n{PICTURE}")
     return 0 if not any(result.lost or result.doubles or result.failed for _, result, _ in done) else 1

@@ -14,10 +14,12 @@ DEFAULT_CONCURRENCY = 8  # which scaled-object.yaml's numbers of jobs are made f
 QUICK_FACTOR = 240.0
 
 
-def day_setup(rule: str, seconds: float) -> Setup:
-    """A day in so many real seconds."""
+def day_setup(rule: str, seconds: float, waiting: float = 1.0) -> Setup:
+    """A day in so many real seconds; the average of what waits times `waiting`."""
     load = Load(DAY, BURSTS)
-    return Setup(load, scaled_rule(rule), factor=load.seconds / seconds, kills=KILLS, concurrency=CONCURRENCY)
+    return Setup(
+        load, scaled_rule(rule, waiting), factor=load.seconds / seconds, kills=KILLS, concurrency=CONCURRENCY
+    )
 
 
 def quick_setup(rule: str) -> Setup:
@@ -30,10 +32,11 @@ def quick_setup(rule: str) -> Setup:
     )  # fmt: skip
 
 
-def scaled_rule(rule: str) -> HpaRule | KedaRule:
+def scaled_rule(rule: str, waiting: float = 1.0) -> HpaRule | KedaRule:
     """The deployed rule for a larger fleet; numbers of jobs for groups that are held one at a time."""
     if rule == "hpa":
         deployed = read_hpa()
-        return deployed.scaled(MOST, {target.metric: 1.0 for target in deployed.targets})
+        factors = {target.metric: 1.0 for target in deployed.targets}
+        return deployed.scaled(MOST, factors | {deployed.targets[0].metric: waiting})
     share = CONCURRENCY / DEFAULT_CONCURRENCY
-    return read_keda().scaled(MOST, {"lag": share, "pending": share})
+    return read_keda().scaled(MOST, {"lag": share * waiting, "pending": share})
