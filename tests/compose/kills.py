@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 from collections.abc import Callable
 
 from outcome import Check, report_outcome
-from stack import RUN_FILE, STEPS, Stack, run
+from stack import RUN, RUN_FILE, STEPS, Stack, run
 
 REPORTED_WITHIN = 30.0  # seconds
+SCRAPE = """
+import urllib.request as web
+token = open("/run/tutelage/token").read().split()[0]
+asked = web.Request("http://127.0.0.1:9465/metrics", headers={"Authorization": "Bearer " + token})
+print(web.urlopen(asked, timeout=10).read().decode())
+"""
 
 
 def killed_in_turn(check: Check) -> None:
@@ -17,12 +22,13 @@ def killed_in_turn(check: Check) -> None:
     stack = check.stack
     begun = time.monotonic()
     stack.compose("up", "--detach")
-    stack.say("docker compose up --detach")
+    stack.compose("up", "--detach", "exporter")
+    stack.say("docker compose up --detach, and exporter")
     stack.wait_for(lambda: stack.step() >= 5, "step 5")
     stack.say(f"step {stack.step()}: docker compose up --scale teacher=3")
     stack.compose("up", "--detach", "--no-recreate", "--scale", "teacher=3")
-    kill(check, "teacher", at=15, told=lambda _: said_by_trainer(stack, "no teacher:teacher"))
-    kill(check, "sampler", at=30, told=lambda _: said_by_trainer(stack, "no sampler:"))
+    kill(check, "teacher", at=15, told=lambda _: said_by_trainer(stack, "no teacher:teacher", "replicas"))
+    kill(check, "sampler", at=30, told=lambda _: said_by_trainer(stack, "no sampler:", "samplers"))
     kill(check, "queue", at=45, told=lambda since: said_by_all(stack, since))
     kill(check, "trainer", at=60, told=lambda _: said_by_health(stack))
     stack.wait_for(lambda: stack.healthy("report") == 1, "the end of the run")
@@ -71,24 +77,37 @@ def wait_for_report(told: Callable[[], str | None], since: float) -> str | None:
     return None
 
 
-def said_by_trainer(stack: Stack, words: str) -> str | None:
-    status = str(stack.progress("status"))
-    return f"the trainer's status is {status!r}" if words in status else None
+def said_by_trainer(stack: Stack, words: str, counted: str) -> str | None:
+    """The trainer's status has the words, and the exporter counts none of them."""
+    status, count = str(stack.progress("status")), exported(stack, counted)
+    if words not in status or count != 0:
+        return None
+    return f"the trainer's status is {status!r}, the exporter counts {count:.0f} {counted}"
 
 
 def said_by_all(stack: Stack, since: float) -> str | None:
-    """Trainer, sampler and every teacher log that the queue is away."""
+    """Trainer, sampler and every teacher log that the queue is away, and the exporter is not up on it."""
     names = [name for service in ("trainer", "sampler", "teacher") for name in stack.containers(service)]
     silent = [name for name in names if "queue unreachable" not in stack.log(name, since)]
-    return None if silent else f"{len(names)} containers log 'queue unreachable'"
+    if silent or exported(stack, "up") != 0:
+        return None
+    return f"{len(names)} containers log 'queue unreachable', the exporter says tutelage_queue_up 0"
 
 
 def said_by_health(stack: Stack) -> str | None:
-    """The trainer's own health check, asked of another container."""
+    """The trainer's own health check, asked of another container, and the exporter."""
     ask = ["python", "-m", "launcher.health", RUN_FILE, "--trainer"]
-    done = subprocess.run(
-        ["docker", "exec", stack.container("report"), *ask],
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
-    text = done.stderr.strip()
-    return f"its health check says {text!r}" if done.returncode == 1 and "not present" in text else None
+    done = stack.execute("report", *ask)
+    text, count = done.stderr.strip(), exported(stack, "trainers")
+    if done.returncode != 1 or "not present" not in text or count != 0:
+        return None
+    return f"its health check says {text!r}, the exporter counts {count:.0f} trainers"
+
+
+def exported(stack: Stack, name: str) -> float | None:
+    """The exporter's tutelage_queue_NAME of this run or its teacher; None when it does not say."""
+    text = stack.execute("exporter", "python", "-c", SCRAPE).stdout
+    labels = (f'{{run="{RUN}"}}', '{teacher="teacher"}', "")
+    wanted = tuple(f"tutelage_queue_{name}{label} " for label in labels)
+    values = [float(line.split()[-1]) for line in text.splitlines() if line.startswith(wanted)]
+    return values[0] if values else None

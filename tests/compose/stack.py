@@ -59,14 +59,19 @@ class Stack:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         return done.stdout + done.stderr
 
+    def execute(self, service: str, *command: str) -> subprocess.CompletedProcess[str]:
+        """A command in the first container of a service, however it ends; 124 when it does not."""
+        whole = ["docker", "exec", self.container(service), *command]
+        try:
+            return subprocess.run(whole, capture_output=True, text=True, timeout=60, check=False)
+        except subprocess.TimeoutExpired:
+            return subprocess.CompletedProcess(whole, 124, "", "no end within 60 s")
+
     def queue(self, *command: str) -> str | None:
         """An answer of the queue; None while it is away."""
         words = " ".join(f"'{word}'" for word in command)
         shell = f"{PASSWORD} valkey-cli --no-auth-warning {words}"
-        done = subprocess.run(
-            ["docker", "exec", self.container("queue"), "sh", "-c", shell],
-            capture_output=True, text=True, timeout=60, check=False,
-        )  # fmt: skip
+        done = self.execute("queue", "sh", "-c", shell)
         return done.stdout.strip() if done.returncode == 0 else None
 
     def progress(self, name: str) -> Any:
