@@ -12,6 +12,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,7 @@ class Need:
     signal: Signal
     context: int
     response: int
+    candidates: int  # ids per position that the sampler adds, when the signal wants them
 
     @property
     def job_tokens(self) -> int:
@@ -64,7 +66,7 @@ def needs(run_file: Path, *, context: int, response: int | None) -> list[Need]:
         Need(
             teacher=teacher, prompts=config.training.prompts_per_step,
             samples=config.sampling.samples_per_prompt, views=len(signals), signal=signals[0],
-            context=context, response=response or config.sampling.max_new_tokens,
+            context=context, response=response or config.sampling.max_new_tokens, candidates=plan.student_candidates,
         )
         for teacher, signals in found.items()
     ]  # fmt: skip
@@ -98,7 +100,7 @@ def make_request(need: Need, rng: np.random.Generator, vocabulary: int) -> Score
     )
     candidates = None
     if need.signal.candidates:
-        drawn = rng.integers(0, vocabulary, (need.response, 16), dtype=np.int64)
+        drawn = rng.integers(0, vocabulary, (need.response, need.candidates), dtype=np.int64)
         candidates = [drawn.astype(np.int32)] * need.samples
     return codec.build_request([context], responses, candidate_ids=candidates, signal=need.signal)
 
@@ -122,7 +124,7 @@ def print_need(need: Need, step_seconds: float, rate: float | None) -> None:
     )
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.scaling.sizing", description=__doc__)
     parser.add_argument("run_file", type=Path, metavar="RUN.toml")
     parser.add_argument("--step-seconds", type=float, required=True, help="what a step may take")
@@ -131,7 +133,7 @@ def main() -> int:
     parser.add_argument("--rate", type=float, help="tokens per second of one replica")
     parser.add_argument("--measure", metavar="HOST:PORT", help="measure it: gRPC address of a replica")
     parser.add_argument("--seconds", type=float, default=20.0, help="how long to measure")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     for need in needs(options.run_file, context=options.context, response=options.response):
         rate = options.rate
         if options.measure:

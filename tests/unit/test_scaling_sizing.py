@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 from support.teachers import teacher_process
 
-from benchmarks.scaling.sizing import Need, measured_rate, needs, print_need
+from benchmarks.scaling.sizing import Need, main, measured_rate, needs, print_need
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "qwen3-8b-to-0.6b.toml"
@@ -39,8 +41,27 @@ def test_what_is_printed_can_be_put_into_the_rule(capsys: pytest.CaptureFixture[
     assert "tokens in flight 20,800" in told
 
 
-def test_the_rate_of_a_running_replica_is_measured(tmp_path: Path) -> None:
+def test_the_rate_of_a_running_replica_is_measured_with_the_signal_of_the_run(tmp_path: Path) -> None:
     rate = 20_000.0
+    (candidates,) = needs(ROOT / "recipes" / "quickstart.toml", context=50, response=50)
+    assert candidates.signal.candidates
     with teacher_process(tmp_path, fake={"tokens_per_second": rate}) as teacher:
-        measured = asyncio.run(measured_rate(recipe_need(response=50), teacher.grpc, 3.0, None))
-    assert measured == pytest.approx(rate, rel=0.2)
+        for need in (recipe_need(response=50), candidates):
+            measured = asyncio.run(measured_rate(need, teacher.grpc, 2.0, None))
+            assert measured == pytest.approx(rate, rel=0.2)
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guide's commands name files as seen from there."""
+    monkeypatch.chdir(ROOT)
+
+
+def test_the_guide_shows_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    guide = (ROOT / "docs" / "scaling.md").read_text()
+    found = re.search(
+        r"```sh\npython -m benchmarks.scaling.sizing (.*)\n```\n\n```\n(.*?)```", guide, re.DOTALL
+    )
+    assert found, "the guide has no sizing command with its output"
+    assert main(shlex.split(found[1])) == 0
+    assert capsys.readouterr().out == found[2]
