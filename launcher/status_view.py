@@ -15,7 +15,9 @@ UNKNOWN = "–"
 
 def render(look: StackLook, problem: str | None = None) -> RenderableType:
     """The whole view; `problem` says why it is not of this moment."""
-    parts: list[RenderableType] = [_header(look, problem)]
+    parts: list[RenderableType] = [_header(look)]
+    if problem is not None:
+        parts.append(Text(f"no answer, below is the last look: {problem}", style="yellow"))
     if look.teachers:
         parts.append(_teachers(look.teachers))
     if look.runs:
@@ -29,20 +31,20 @@ def render(look: StackLook, problem: str | None = None) -> RenderableType:
 
 def waiting_for(address: str, problem: str) -> RenderableType:
     """The view before the queue has ever answered."""
-    return Text.assemble(("queue ", "bold"), address, (f"  {problem}; trying again", "yellow"))
+    return Group(
+        Text.assemble(("queue ", "bold"), address),
+        Text(f"no answer, trying again: {problem}", style="yellow"),
+    )
 
 
-def _header(look: StackLook, problem: str | None) -> Text:
+def _header(look: StackLook) -> Text:
     server = look.server
     limit = f" of {_bytes(server.memory_limit_bytes)}" if server.memory_limit_bytes else ""
-    line = Text.assemble(
+    return Text.assemble(
         ("queue ", "bold"),
         look.address,
         (f"  {_bytes(server.memory_bytes)}{limit}, {server.clients} clients", "dim"),
     )
-    if problem is not None:
-        line.append(f"  {problem}; trying again, this is the last look", style="yellow")
-    return line
 
 
 def _teachers(teachers: tuple[TeacherLook, ...]) -> Table:

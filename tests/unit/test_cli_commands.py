@@ -19,7 +19,10 @@ from services.models.vllm_settings import VllmSettings
 from services.teacher.settings import TeacherSettings
 from student_trainer.config import QueueSettings, parse_run_config
 
-COMMANDS = ("quickstart", "up", "teacher", "rollout", "train", "score", "doctor", "report", "bench")
+COMMANDS = (
+    "quickstart", "up", "teacher", "rollout", "train", "exporter",
+    "status", "score", "doctor", "report", "bench",
+)  # fmt: skip
 HEAVY = ("torch", "transformers", "fastapi", "uvicorn", "grpc", "redis", "numpy", "matplotlib", "vllm")
 
 
@@ -49,7 +52,10 @@ def test_help_takes_less_than_half_a_second_of_processor_time() -> None:
     assert min(spent) < 0.5
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["up", "--help"], ["teacher", "--help"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["up", "--help"], ["teacher", "--help"], ["exporter", "--help"], ["status", "--help"]],
+)
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import json, sys\n"

@@ -4,7 +4,7 @@
 -- waiting tokens, tokens in flight, then the counters scored, dead and expired.
 -- Waiting is what nobody holds: never delivered, handed back, or with a lease that ran out.
 local lease_ms = tonumber(ARGV[3])
-local MAX_HANDED_BACK, MAX_READ, MAX_MALFORMED = 4096, 512, 16
+local MAX_HANDED_BACK, MAX_READ, MAX_MALFORMED = 4096, 256, 16
 
 local function counters(...)
   local found = redis.call('HMGET', LOAD, ...)
