@@ -66,7 +66,8 @@ def needs(run_file: Path, *, context: int, response: int | None) -> list[Need]:
         Need(
             teacher=teacher, prompts=config.training.prompts_per_step,
             samples=config.sampling.samples_per_prompt, views=len(signals), signal=signals[0],
-            context=context, response=response or config.sampling.max_new_tokens, candidates=plan.student_candidates,
+            context=context, response=response or config.sampling.max_new_tokens,
+            candidates=plan.student_candidates,
         )
         for teacher, signals in found.items()
     ]  # fmt: skip
