@@ -25,6 +25,8 @@ from services import tracing
 from services.queue import LeaseSettings, Queue, ScoredGroup
 from services.queue.embedded import EmbeddedServer
 from services.teacher.engines.fake import FakeEngine, FakeSettings
+from student_trainer.lineage import continued
+from student_trainer.sampler.groups import traceparent
 
 pytest_plugins = ["support.collecting"]
 
@@ -265,6 +267,7 @@ def test_a_collector_that_is_away_costs_a_warning_and_no_score(
         for name, value in traced(away).items():
             monkeypatch.setenv(name, value)
         monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "512")
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "5")
         expected = asyncio.run(FakeEngine(FakeSettings()).score(REQUEST)).sequences
         with teacher_process(tmp_path / "t") as teacher:
             with TeacherClient(teacher.grpc, retry=ONCE) as client:
@@ -275,11 +278,9 @@ def test_a_collector_that_is_away_costs_a_warning_and_no_score(
                     slowest = max(slowest, time.perf_counter() - began)
                     for one_, other in zip(answer.sequences, expected, strict=True):
                         np.testing.assert_array_equal(one_.sampled, other.sampled)
-            wait_until(lambda: "traces_not_sent" in teacher.log.read_text(), 10)
-            began = time.monotonic()
+            wait_until(lambda: "traces_not_sent" in teacher.log.read_text(), 30)
             assert teacher.terminate() == 0
-            assert time.monotonic() - began < 10
-    assert slowest < 1.0, "a call waited for the collector"
+    assert slowest < 4.0, "a call waited for the collector"
     log = teacher.log.read_text()
     assert log.count("traces_not_sent") == 1
     assert "Traceback" not in log
@@ -300,6 +301,48 @@ def test_a_collector_that_comes_back_is_used_again(tmp_path: Path, monkeypatch: 
                 time.sleep(0.1)
             assert again.spans
             wait_until(lambda: "traces_sent_again" in teacher.log.read_text(), 10)
+
+
+def test_what_was_not_sent_yet_is_sent_when_the_replica_drains(
+    collector: Collector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "600000")
+    with teacher_process(tmp_path / "t") as teacher, TeacherClient(teacher.grpc) as client:
+        client.score_request(REQUEST)
+        assert not collector.spans
+        assert teacher.terminate() == 0
+    assert {span.name for span in collector.spans} == {f"{SERVICE}/Score", "engine"}
+
+
+def test_a_root_is_sampled_by_its_id_and_what_is_below_it_with_it(
+    collector: Collector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a redelivered order makes the same decision, and no tree loses some of its branches."""
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "parentbased_traceidratio")
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "0.5")
+    lineage = continued((), 0)
+    tracing.start("sampler", "test")
+    try:
+        roots = [traceparent(f"run-{index}", lineage) for index in range(200)]
+        assert roots == [traceparent(f"run-{index}", lineage) for index in range(200)]
+        for root in roots:
+            tracing.record("rollout", 1_000, 2_000, itself=root)
+            tracing.record("score", 1_500, 1_800, parent=root)
+    finally:
+        tracing.stop()
+    sampled = {root[3:35] for root in roots if root.endswith("-01")}
+    assert 60 < len(sampled) < 140
+    for name in ("rollout", "score"):
+        assert {span.trace for span in arrived(collector, name, len(sampled))} == sampled
+    assert {root[36:52] for root in roots} >= {span.id for span in collector.named("rollout")}
+
+
+def test_runs_of_one_name_do_not_share_traces() -> None:
+    one_run, other_run = continued((), 0), continued((), 0)
+    assert traceparent("run-0", one_run) == traceparent("run-0", continued(one_run, 5))
+    assert traceparent("run-0", one_run) != traceparent("run-0", other_run)
+    assert traceparent("run-0", one_run) != traceparent("run-1", one_run)
+    assert traceparent("run-0", one_run).endswith("-00"), "this process does not trace"
 
 
 def test_a_token_comes_before_a_trace(collector: Collector, tmp_path: Path) -> None:

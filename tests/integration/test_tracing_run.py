@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -152,6 +154,25 @@ def test_every_line_of_every_log_is_json_and_says_what_it_is_about(finished: Tra
         == {span.attributes["tutelage.order"] for span in rollouts}
         != set()
     )
+
+
+def test_a_trace_is_printed_as_a_tree(finished: Traced) -> None:
+    printed = render(finished.groups()["up-8"]).splitlines()
+    assert printed[0].startswith("trace ")
+    assert " rollout  " in printed[2]
+    assert "group=up-8" in printed[2]
+    (engine,) = [line for line in printed if "engine" in line]
+    score = printed[printed.index(engine) - 1]
+    assert score.index("score") < engine.index("engine"), "a child is indented"
+    (train,) = [line for line in printed if "─ train" in line]
+    assert "→ trace" in train
+
+
+def test_a_command_that_trains_nothing_has_no_trace_to_print() -> None:
+    command = [sys.executable, "-m", "benchmarks.tracing", "--", "true"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 1
+    assert ended.stdout.startswith("0 traces, and no group")
 
 
 def test_a_collector_that_is_away_costs_one_warning_per_process_and_changes_no_weight(
