@@ -27,6 +27,7 @@ from services.queue.embedded import EmbeddedServer
 
 RUN = "day"
 CONTEXT_TOKENS = 2
+SUBMITTED_AT_ONCE = 32
 SAY_EVERY = 720  # samples
 SETTLE_SECONDS = 60.0  # real; to finish what is left after the last arrival
 Autoscaler = HorizontalAutoscaler | KedaAutoscaler
@@ -185,21 +186,24 @@ class Simulation:
         await asyncio.sleep(max(0.0, at - self.now()) / self._setup.factor)
 
     async def _submit(self, queue: Queue) -> None:
-        day, rng = self._day, np.random.default_rng(self._setup.seed)
-        request = ViewRequest(view="teacher", teacher=TEACHER)
-        request.signal.sampled = True
-        request.contexts.append(Context(ids=codec.pack_ids(np.zeros(CONTEXT_TOKENS, np.int32))))
-        for index, arrival in enumerate(self._planned):
-            await self._sleep_until(arrival.at)
-            day.late = max(day.late, self.now() - arrival.at)
-            ids = rng.integers(0, VOCABULARY, arrival.tokens - CONTEXT_TOKENS).astype(np.int32)
-            rollout = Rollout(response_ids=codec.pack_ids(ids))
-            group = Group(id=f"{RUN}-{index}", run=RUN, index=index, rollouts=[rollout], temperature=1.0)
-            self._at[index] = Arrival(self.now(), arrival.tokens)
-            outcome = await queue.submit_group(group, [request])
-            if outcome is not Submitted.QUEUED:
-                raise RuntimeError(f"group {index} was not queued: {outcome}")
-            day.submitted += 1
+        """Every group at its time, several at once when the queue is slower than they come."""
+        rng, request = np.random.default_rng(self._setup.seed), view_request()
+        free = asyncio.Semaphore(SUBMITTED_AT_ONCE)
+        async with asyncio.TaskGroup() as tasks:
+            for index, arrival in enumerate(self._planned):
+                await self._sleep_until(arrival.at)
+                await free.acquire()
+                self._day.late = max(self._day.late, self.now() - arrival.at)
+                group = make_group(index, arrival.tokens - CONTEXT_TOKENS, rng)
+                self._at[index] = Arrival(self.now(), arrival.tokens)
+                task = tasks.create_task(self._submit_one(queue, group, request))
+                task.add_done_callback(lambda _: free.release())
+
+    async def _submit_one(self, queue: Queue, group: Group, request: ViewRequest) -> None:
+        outcome = await queue.submit_group(group, [request])
+        if outcome is not Submitted.QUEUED:
+            raise RuntimeError(f"group {group.index} was not queued: {outcome}")
+        self._day.submitted += 1
 
     async def _collect(self, queue: Queue) -> None:
         """As a trainer: read, check, acknowledge."""
@@ -274,6 +278,21 @@ def build_autoscaler(setup: Setup) -> Autoscaler:
     if isinstance(setup.rule, KedaRule):
         return KedaAutoscaler(setup.rule)
     return HorizontalAutoscaler(setup.rule)
+
+
+def view_request() -> ViewRequest:
+    """One view: the log-probability of every response token."""
+    request = ViewRequest(view="teacher", teacher=TEACHER)
+    request.signal.sampled = True
+    request.contexts.append(Context(ids=codec.pack_ids(np.zeros(CONTEXT_TOKENS, np.int32))))
+    return request
+
+
+def make_group(index: int, tokens: int, rng: np.random.Generator) -> Group:
+    """A group whose one response has so many tokens."""
+    ids = rng.integers(0, VOCABULARY, tokens).astype(np.int32)
+    rollout = Rollout(response_ids=codec.pack_ids(ids))
+    return Group(id=f"{RUN}-{index}", run=RUN, index=index, rollouts=[rollout], temperature=1.0)
 
 
 def _complete(answer: ScoreResponse | None, positions: int) -> bool:
