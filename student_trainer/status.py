@@ -19,12 +19,19 @@ _LABELS = {"groups_dropped": "reason"}
 class StatusServer:
     """Serves the newest figures.
 
+    Args:
+        run: the run's name, by which figures of several trainers are told apart.
+
     Raises:
         TutelageError: the port cannot be had, or the token file not be used.
     """
 
-    def __init__(self, settings: MetricsSettings) -> None:
+    def __init__(self, settings: MetricsSettings, run: str) -> None:
         self._registry = CollectorRegistry()
+        info = Gauge(
+            "tutelage_trainer_info", "Always 1: whose figures these are", ["run"], registry=self._registry
+        )
+        info.labels(run).set(1)
         self._gauges: dict[str, Gauge] = {}
         self._status: dict[str, Any] = {}
         self._server = MetricsServer(

@@ -62,7 +62,10 @@ async def _train(config: RunConfig) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with run_queue(config) as queue:
-        with queue.presence("trainer", config.run.name), StatusServer(config.metrics) as status:
+        with (
+            queue.presence("trainer", config.run.name),
+            StatusServer(config.metrics, config.run.name) as status,
+        ):
             log.info("status port", address=status.address)
             parts = await _build(config, queue, status, stop)
             log.info("training", **describe(parts))

@@ -75,11 +75,15 @@ class FullQueue:
 class SamplerCollector(Collector):
     """The counters as Prometheus metrics."""
 
-    def __init__(self, counters: Counters) -> None:
+    def __init__(self, counters: Counters, run: str) -> None:
         self._counters = counters
+        self._run = run
 
     def collect(self) -> Iterator[Metric]:
         counters = self._counters
+        info = GaugeMetricFamily("tutelage_sampler_info", "Always 1: whose figures these are", labels=["run"])
+        info.add_metric([self._run], 1)
+        yield info
         yield CounterMetricFamily(
             "tutelage_sampler_tokens", "Response tokens brought into the queue", value=counters.tokens
         )
@@ -111,7 +115,7 @@ class SamplerCollector(Collector):
         )
 
 
-def metrics_port(settings: MetricsSettings, counters: Counters) -> AbstractContextManager[object]:
+def metrics_port(settings: MetricsSettings, counters: Counters, run: str) -> AbstractContextManager[object]:
     """The sampler's port as a context manager; nothing where the run file wants none.
 
     Raises:
@@ -120,7 +124,7 @@ def metrics_port(settings: MetricsSettings, counters: Counters) -> AbstractConte
     if settings.sampler_port is None:
         return nullcontext()
     registry = CollectorRegistry()
-    registry.register(SamplerCollector(counters))
+    registry.register(SamplerCollector(counters, run))
     server = MetricsServer(
         {"/metrics": metrics_page(registry)},
         host=settings.host,

@@ -60,7 +60,10 @@ async def _serve(config: RunConfig, name: str) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     counters = Counters()
     async with run_queue(config) as queue:
-        with queue.presence(sampler_role(config.run.name), name), metrics_port(config.metrics, counters):
+        with (
+            queue.presence(sampler_role(config.run.name), name),
+            metrics_port(config.metrics, counters, config.run.name),
+        ):
             built = await _build(config, stop)
             if built is None:
                 return

@@ -28,7 +28,7 @@ def shown(text: str) -> Shown:
 
 def collected(counters: Counters) -> Shown:
     registry = CollectorRegistry()
-    registry.register(SamplerCollector(counters))
+    registry.register(SamplerCollector(counters, "run"))
     return shown(generate_latest(registry).decode())
 
 
@@ -40,6 +40,7 @@ def test_every_figure_has_its_name() -> None:
     for answer in (Submitted.QUEUED, Submitted.QUEUED, Submitted.EXISTS, Submitted.LOST, Submitted.FULL):
         counters.count(answer, tokens=10)
     assert collected(counters) == {
+        ("tutelage_sampler_info", "run"): 1.0,
         ("tutelage_sampler_tokens_total", ""): 20.0,
         ("tutelage_sampler_groups_total", "queued"): 2.0,
         ("tutelage_sampler_groups_total", "exists"): 1.0,
@@ -64,9 +65,9 @@ def test_groups_that_wait_together_count_their_time_once() -> None:
 
 
 def test_a_sampler_listens_nowhere_unless_told_to() -> None:
-    with metrics_port(MetricsSettings(), Counters()) as nothing:
+    with metrics_port(MetricsSettings(), Counters(), "run") as nothing:
         assert nothing is None
-    with metrics_port(MetricsSettings(sampler_port=0), Counters(tokens=3)) as server:
+    with metrics_port(MetricsSettings(sampler_port=0), Counters(tokens=3), "run") as server:
         assert isinstance(server, MetricsServer)
         text = urllib.request.urlopen(server.address + "/metrics").read().decode()
     assert shown(text)["tutelage_sampler_tokens_total", ""] == 3.0

@@ -91,7 +91,7 @@ def test_samples_of_lost_steps_are_deleted(tmp_path: Path) -> None:
 
 
 def test_status_port_answers_on_loopback_only() -> None:
-    with StatusServer(MetricsSettings()) as server:
+    with StatusServer(MetricsSettings(), "run") as server:
         assert server.address.startswith("http://127.0.0.1:")
         server.update({"loss": 0.5, "status": "training", "step": 3})
         server.update({"step": 4})
@@ -103,7 +103,7 @@ def test_status_port_answers_on_loopback_only() -> None:
 
 
 def test_dropped_groups_are_told_apart_by_their_reason() -> None:
-    with StatusServer(MetricsSettings()) as server:
+    with StatusServer(MetricsSettings(), "run") as server:
         server.update({"groups_dropped": {"stale": 2, "failed": 0}})
         server.update({"groups_dropped": {"stale": 3, "failed": 0}})
         metrics = urllib.request.urlopen(server.address + "/metrics").read().decode()
