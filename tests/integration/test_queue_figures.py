@@ -10,7 +10,7 @@ import pytest
 from support.queue_data import VIEW_TOKENS, make_group, make_request, make_scores
 from tutelage.v1.rollout_pb2 import Group, Rollout, SampleOrder
 
-from services.queue import LeaseSettings, Queue, Submitted, sampler_role, teacher_role
+from services.queue import JobWorker, LeaseSettings, OrderWorker, Queue, Submitted, sampler_role, teacher_role
 
 pytest_plugins = ["support.queue_server"]
 
@@ -47,6 +47,13 @@ async def split(queue: Queue) -> tuple[int, int, int, int]:
     stats = await queue.teacher_stats(TEACHER)
     assert stats.waiting_tokens + stats.in_flight_tokens == stats.queued_tokens
     return stats.jobs.waiting, stats.waiting_tokens, stats.jobs.in_flight, stats.in_flight_tokens
+
+
+async def settle(worker: JobWorker | OrderWorker) -> None:
+    """Let its first heartbeat pass: the next one is an hour away, and what is handed back stays so."""
+    while worker._heart.in_contact == 0.0:  # noqa: ASYNC110 another thread
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.05)
 
 
 # Names.
@@ -96,6 +103,7 @@ async def test_tokens_move_from_waiting_to_in_flight_and_away(wide: Queue) -> No
 async def test_what_is_handed_back_waits_again(wide: Queue) -> None:
     await submit(wide, 0, 1, 2, 3)
     async with wide.jobs(TEACHER, "replica") as replica:
+        await settle(replica)
         failed, released, kept = await replica.claim(3, 1000)
         await replica.fail(failed, "INTERNAL: once")
         assert await split(wide) == (2, tokens(0, 3), 2, tokens(1, 2))
@@ -121,6 +129,7 @@ async def test_many_jobs_handed_back_are_counted_and_their_tokens_estimated(wide
     total = 1100
     await submit(wide, *range(total))
     async with wide.jobs(TEACHER, "replica") as replica:
+        await settle(replica)
         claims = [claim for _ in range(11) for claim in await replica.claim(100, 1000)]
         for claim in claims[1:]:
             await replica.release(claim)
@@ -180,6 +189,7 @@ async def test_orders_handed_back_wait_again_and_read_groups_stay_with_the_train
     for name in ("a", "b"):
         await wide.place_order(SampleOrder(id=name, run=RUN))
     async with wide.orders(RUN, "sampler") as sampler:
+        await settle(sampler)
         [first] = await sampler.claim(1, 1000)
         orders = (await wide.run_stats(RUN)).orders
         assert (orders.waiting, orders.in_flight) == (1, 1)
