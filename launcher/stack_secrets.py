@@ -1,4 +1,5 @@
-"""Makes the secrets of a stack once: the queue's password, its address with it, and a token of the teachers.
+"""Makes the secrets of a stack once: the queue's password, its address with it, a token of the teachers, and the
+password of Grafana's admin.
 
 python -m launcher.stack_secrets DIRECTORY --queue HOST:PORT
 
@@ -12,15 +13,16 @@ import os
 import secrets
 from pathlib import Path
 
-PASSWORD, ADDRESS, TOKEN = "queue-password", "queue-url", "token"
+PASSWORD, ADDRESS, TOKEN, GRAFANA = "queue-password", "queue-url", "token", "grafana-password"
 
 
 def make_secrets(directory: Path, queue: str) -> None:
-    """Files `queue-password`, `queue-url` and `token`, readable by their owner alone."""
+    """Files `queue-password`, `queue-url`, `token` and `grafana-password`, readable by their owner alone."""
     directory.mkdir(parents=True, exist_ok=True)
     password = _kept(directory / PASSWORD, secrets.token_hex(24))
     _write(directory / ADDRESS, f"redis://:{password}@{queue}/0")
     _kept(directory / TOKEN, secrets.token_hex(24))
+    _kept(directory / GRAFANA, secrets.token_hex(24))
 
 
 def _kept(path: Path, fresh: str) -> str:
