@@ -150,7 +150,7 @@ def rollout(
 
       tutelage rollout run.toml --name sampler-1
 
-      tutelage rollout run.toml --name sampler-2 --engine vllm --metrics-port 9466
+      tutelage rollout run.toml --name sampler-2 --engine vllm --metrics-port 9467
     """
     with one_line_errors():
         from student_trainer.config import load_run_config

@@ -171,10 +171,10 @@ def test_traffic_flows_where_it_must_and_nowhere_else(target: str) -> None:
     things = objects(target)
     labels = {pod.labels["app.kubernetes.io/component"]: pod.labels for pod in all_pods(target)}
     ranks = {("trainer", "trainer")} if target == "torchrun" else set()
-    must = {(member, "queue") for member in ("teacher", "trainer", "sampler")}
+    must = {(member, "queue") for member in ("teacher", "trainer", "sampler", "exporter")}
     for source, source_labels in labels.items():
         for there, target_labels in labels.items():
-            for port in (6379, 50051, 8081, 9464, 29500, 22):
+            for port in (6379, 50051, 8081, 9464, 9465, 9466, 9467, 29500, 22):
                 expected = ((source, there) in must and port == 6379) or (source, there) in ranks
                 got = allowed(things, source_labels, target_labels, port)
                 assert got is expected, (source, there, port)
@@ -238,3 +238,58 @@ def test_what_is_named_exists(target: str) -> None:
     for scaled_object in of_kind(target, "ScaledObject"):
         for trigger in scaled_object["spec"]["triggers"]:
             assert ("TriggerAuthentication", trigger["authenticationRef"]["name"]) in names
+
+
+SCRAPED = {"teacher": 9464, "exporter": 9465, "trainer": 9466, "sampler": 9467}
+
+
+@pytest.mark.parametrize("target", [target for target in STACKS if target != "cpu-demo"])
+def test_prometheus_reaches_every_process_with_the_token_and_calls_it_by_its_component(target: str) -> None:
+    monitors = of_kind(target, "ServiceMonitor")
+    found = {}
+    for monitor in monitors:
+        (service,) = (
+            service
+            for service in of_kind(target, "Service")
+            if selects(monitor["spec"]["selector"], service["metadata"].get("labels", {}))
+        )
+        (endpoint,) = monitor["spec"]["endpoints"]
+        assert endpoint["authorization"]["credentials"] == {"name": SECRET, "key": "token"}
+        assert endpoint["path"] == "/metrics"
+        (port,) = (port for port in service["spec"]["ports"] if port["name"] == endpoint["port"])
+        job = service["metadata"]["labels"][monitor["spec"]["jobLabel"]]
+        found[job] = port["port"]
+        selected = [
+            pod
+            for pod in all_pods(target)
+            if selects({"matchLabels": service["spec"]["selector"]}, pod.labels)
+        ]
+        assert [pod.labels["app.kubernetes.io/component"] for pod in selected] == [job]
+        (container,) = selected[0].spec["containers"]
+        ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+        assert ports[port["targetPort"]] == port["port"]
+        assert from_monitoring(target, selected[0].labels) == {port["port"]}
+    assert found == SCRAPED
+
+
+def from_monitoring(target: str, labels: dict[str, str]) -> set[int]:
+    """Ports of pods with these labels that the namespace of Prometheus may reach."""
+    peer = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
+    return {
+        port["port"]
+        for policy in of_kind(target, "NetworkPolicy")
+        if selects(policy["spec"]["podSelector"], labels)
+        for rule in policy["spec"].get("ingress", [])
+        if peer in rule["from"]
+        for port in rule["ports"]
+    }
+
+
+def test_prometheus_of_the_compose_file_knows_the_same_jobs_and_ports() -> None:
+    configuration = yaml.safe_load((RENDERED.parents[1] / "prometheus/prometheus.yml").read_text())
+    ports = {
+        job["job_name"]: job["dns_sd_configs"][0]["port"]
+        for job in configuration["scrape_configs"]
+        if job["job_name"] in SCRAPED
+    }
+    assert ports == SCRAPED

@@ -13,15 +13,29 @@ from support.kubernetes import STACKS, TARGETS, Object, Pods, all_pods, objects,
 from typer.testing import CliRunner
 
 from launcher.cli import app
+from services.exporter.families import QueueCollector
+from services.exporter.process import ExporterSettings
+from services.queue import Overview, ServerStats, StreamStats, TeacherStats
 from services.queue.keys import Keys
 from services.teacher.settings import TeacherSettings
 from student_trainer.config import RunConfig, load_run_config
 
 ROOT = Path(__file__).parents[2]
-QUEUE_METRICS = {
-    "tutelage_queue_waiting_tokens",
-    "tutelage_queue_in_flight_tokens",
-    "tutelage_queue_oldest_job_age_seconds",
+STATS = TeacherStats(
+    jobs=StreamStats(1, 1, 0, 0, 1.0),
+    queued_tokens=1,
+    waiting_tokens=1,
+    in_flight_tokens=0,
+    scored=0,
+    dead=0,
+    expired=0,
+)
+OVERVIEW = Overview(ServerStats(1, 0, 1), {"teacher": STATS}, {}, {"teacher": 1}, {}, {})
+QUEUE_METRICS = {  # what the exporter tells of a teacher
+    sample.name
+    for family in QueueCollector(lambda: OVERVIEW).collect()
+    for sample in family.samples
+    if "teacher" in sample.labels
 }
 
 each_target = pytest.mark.parametrize("target", TARGETS)
@@ -133,12 +147,48 @@ def test_trainer_and_sampler_start_with_what_they_are_given(
         ran = CliRunner().invoke(app, words, env={"TUTELAGE_QUEUE_URL": known["TUTELAGE_QUEUE_URL"]})
         assert ran.exit_code == 0, ran.output
         if pod.labels["app.kubernetes.io/component"] == "trainer":
-            port = started[-1].metrics.trainer_port
+            metrics = started[-1].metrics
+            port = metrics.trainer_port
             for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
                 assert container[probe]["exec"]["command"][-1] == f"http://127.0.0.1:{port}/health"
         else:
-            assert started[-1][1] == "some-pod-0"
+            config, name = started[-1]
+            assert name == "some-pod-0"
+            metrics = config.metrics
+            port = metrics.sampler_port
+        assert {"name": "metrics", "containerPort": port} in container["ports"]
+        assert (metrics.host, str(metrics.token_file)) == ("0.0.0.0", "/run/tutelage/token")
+        assert mounted_files(pod)["/run/tutelage/token"] == "token"
     assert len(started) == 2
+
+
+def mounted_files(pod: Pods) -> dict[str, str]:
+    """Files of secrets that a pod's first container sees, and the key of the secret that each holds."""
+    where = {mount["name"]: mount["mountPath"] for mount in pod.spec["containers"][0]["volumeMounts"]}
+    return {
+        f"{where[volume['name']]}/{item['path']}": item["key"]
+        for volume in pod.spec["volumes"]
+        for item in volume.get("secret", {}).get("items", [])
+    }
+
+
+@pytest.mark.parametrize("target", ["gpu", "keda", "torchrun"])
+def test_the_exporter_starts_with_what_it_is_given(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[ExporterSettings] = []
+    monkeypatch.setattr("services.exporter.process.main", started.append)
+    (pod,) = (pod for pod in all_pods(target) if pod.title == "Deployment tutelage-exporter")
+    (container,) = pod.spec["containers"]
+    known = environment(target, container)
+    ran = CliRunner().invoke(app, container["args"], env={**known, "TUTELAGE_TOKEN": ""})
+    assert ran.exit_code == 0, ran.output
+    (settings,) = started
+    assert container["ports"] == [{"name": "metrics", "containerPort": settings.port}]
+    assert settings.host == "0.0.0.0"
+    assert str(settings.token_file) in mounted_files(pod)
+    assert settings.queue_url == "redis://:pw@tutelage-queue:6379/0"
+    for _, teacher in teachers(target):
+        assert settings.heartbeat_seconds == teacher.heartbeat_seconds
+        assert settings.namespace == teacher.namespace
 
 
 def test_autoscalers_ask_for_what_the_queue_tells() -> None:
