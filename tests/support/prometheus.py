@@ -73,14 +73,18 @@ class Prometheus:
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
-        wait_until(self._ready, 20.0, f"Prometheus:\n{self.log()}")
+        try:
+            wait_until(self._ready, 30.0, "Prometheus")
+        except BaseException:
+            self._end()
+            print(self.log())
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._process.kill()
-        self._process.wait(10)
+        self._end()
 
     def log(self) -> str:
         return (self._directory / "log").read_text()
@@ -98,6 +102,10 @@ class Prometheus:
                 return json.load(answer)["data"]
         except urllib.error.HTTPError as error:
             raise AssertionError(f"{parameters}: {error.read().decode()}") from None
+
+    def _end(self) -> None:
+        self._process.kill()
+        self._process.wait(10)
 
     def _ready(self) -> bool:
         assert self._process.poll() is None, self.log()

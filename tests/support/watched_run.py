@@ -24,6 +24,7 @@ evaluation_prompts = 4
 checkpoint_every = 5
 """
 MEMORY_LIMIT = 1 << 30
+START_SECONDS = 90.0
 
 
 class WatchedRun:
@@ -33,10 +34,8 @@ class WatchedRun:
         models = directory / "models"
         for seed, name in enumerate(("teacher", "student")):
             write_model(models / name, seed)
-        self._server = EmbeddedServer(directory / "queue")
-        self._server.start()
-        with redis.Redis.from_url(self._server.url) as client:
-            client.config_set("maxmemory", MEMORY_LIMIT)
+        (directory / "queue").mkdir()
+        self._server = EmbeddedServer(directory / "queue", dies_with_parent=True)
         self.token = "a-token-of-this-test"
         self.token_file = directory / "token"
         self.token_file.write_text(self.token + "\n")
@@ -60,6 +59,31 @@ class WatchedRun:
         return addresses
 
     def __enter__(self) -> Self:
+        try:
+            self._start_all()
+            wait_until(
+                lambda: self._ready_file.exists() or bool(self._ended()), START_SECONDS, "the teacher's model"
+            )
+            self.check()
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()
+
+    def check(self) -> None:
+        """Raises AssertionError with its log when a process has ended."""
+        ended = self._ended()
+        assert not ended, "\n".join(f"{name}:\n{self._run.log(name)[-3000:]}" for name in ended)
+
+    def _start_all(self) -> None:
+        self._server.start()
+        with redis.Redis.from_url(self._server.url) as client:
+            client.config_set("maxmemory", MEMORY_LIMIT)
         url, heartbeat, token = self._server.url, str(HEARTBEAT), str(self.token_file)
         port = {name: str(number) for name, number in self._ports.items()}
         teacher = ["--name", "big", "--model", str(self._model), "--dtype", "float32", "--queue", url]
@@ -71,22 +95,12 @@ class WatchedRun:
         for command, name in (("train", "trainer"), ("rollout", "sampler")):
             metrics = ["--metrics-port", port[name], "--metrics-token-file", token]
             self._start(name, *metrics, command=command, run_file=self._run.file)
-        wait_until(lambda: self._ready_file.exists() or bool(self._ended()), 60.0, "the teacher's model")
-        self.check()
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def _end(self) -> None:
         for process in self._processes.values():
             process.kill()
             process.wait(10)
         self._server.stop()
-
-    def check(self) -> None:
-        """Raises AssertionError with its log when a process has ended."""
-        ended = self._ended()
-        assert not ended, "\n".join(f"{name}:\n{self._run.log(name)[-3000:]}" for name in ended)
 
     def _ended(self) -> list[str]:
         return [name for name, process in self._processes.items() if process.poll() is not None]
