@@ -206,6 +206,25 @@ async def test_orders_handed_back_wait_again_and_read_groups_stay_with_the_train
     assert (scored.waiting, scored.in_flight) == (1, 1)
 
 
+# Who is there.
+
+
+async def test_a_name_that_stopped_is_forgotten_while_others_of_its_role_go_on(
+    queue_url: str, queue: Queue
+) -> None:
+    """Samplers come and go under new names; what is kept of them must not grow."""
+    async with Queue(queue_url, queue.keys.namespace, lease=LeaseSettings(heartbeat=0.1)) as quick:
+        client: Any = quick._client
+        with quick.presence("sampler:run", "stays"):
+            with quick.presence("sampler:run", "goes"):
+                await asyncio.sleep(0.2)
+                assert set(await quick.alive("sampler:run")) == {"stays", "goes"}
+            await asyncio.sleep(0.8)
+            assert await client.hkeys(quick.keys.present("sampler:run")) == [b"stays"]
+        await asyncio.sleep(0.8)
+        assert not await client.exists(quick.keys.present("sampler:run"))
+
+
 # Everything at once.
 
 

@@ -25,6 +25,7 @@ from student_trainer.lineage import Stretch
 from student_trainer.policy_store import PolicyStore
 from student_trainer.sampler import process
 from student_trainer.sampler.build import build_sampler
+from student_trainer.sampler.metrics import Counters
 from student_trainer.sampler.process import OrderService
 from student_trainer.sampler.verify import plain_logprobs
 from student_trainer.tasks.addition import CHARACTERS
@@ -188,6 +189,7 @@ class Run:
                 worker=worker,
                 policy=policy,
                 sampler=sampler,
+                counters=Counters(),
                 stop=stop,
             )
             task = asyncio.create_task(service.serve())
