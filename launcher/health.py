@@ -48,13 +48,13 @@ async def look_for(run_file: Path, sampler: str | None, queue_url: str | None) -
     """
     from tutelage_client.errors import TutelageError
 
+    from services.queue import TRAINER_ROLE, sampler_role
     from student_trainer.config import load_run_config
     from student_trainer.run_queue import run_queue
-    from student_trainer.waiting import sampler_role
 
     config = load_run_config(run_file, queue_url=queue_url)
     run = config.run.name
-    role, name = ("trainer", run) if sampler is None else (sampler_role(run), sampler)
+    role, name = (TRAINER_ROLE, run) if sampler is None else (sampler_role(run), sampler)
     queue = run_queue(config)
     try:
         await queue.open(PATIENCE_SECONDS)

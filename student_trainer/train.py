@@ -14,7 +14,7 @@ from tutelage_client.errors import TutelageError
 
 from services import tracing
 from services.logs import log_to_stderr
-from services.queue import Queue
+from services.queue import TRAINER_ROLE, Queue, sampler_role, teacher_role
 from student_trainer.checkpoint import CheckpointStore
 from student_trainer.collect import Collector
 from student_trainer.config import RunConfig
@@ -31,7 +31,7 @@ from student_trainer.status import StatusServer
 from student_trainer.student import Student, load_student
 from student_trainer.trainer import Parts, Trainer, describe
 from student_trainer.verify import Expectations
-from student_trainer.waiting import Watch, sampler_role, teacher_role
+from student_trainer.waiting import Watch
 
 log = structlog.get_logger(__name__)
 
@@ -63,7 +63,7 @@ async def _train(config: RunConfig) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with run_queue(config) as queue:
         with (
-            queue.presence("trainer", config.run.name),
+            queue.presence(TRAINER_ROLE, config.run.name),
             StatusServer(config.metrics, config.run.name) as status,
         ):
             log.info("status port", address=status.address)

@@ -14,16 +14,6 @@ PATIENCE = 5.0  # seconds without news before anybody is looked for
 REPEAT = 30.0
 
 
-def sampler_role(run: str) -> str:
-    """The role under which the samplers of a run are present."""
-    return f"sampler:{run}"
-
-
-def teacher_role(name: str) -> str:
-    """The role under which replicas of a teacher are present."""
-    return f"teacher:{name}"
-
-
 class Watch:
     """Looks for the processes a run needs whenever nothing has arrived for a while.
 

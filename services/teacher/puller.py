@@ -20,7 +20,7 @@ from tutelage_client.types import SequenceError
 from services import tracing
 from services.api.core import ScoringCore, spent
 from services.logs import about
-from services.queue import Failed, JobClaim, JobWorker, Queue
+from services.queue import Failed, JobClaim, JobWorker, Queue, teacher_role
 from services.teacher.jobs import job_request
 from services.teacher.spans import record_wait, score_span
 
@@ -45,7 +45,7 @@ class Puller:
     async def run(self) -> None:
         """Claim and score until stopped; returns when every claim has ended."""
         name = self._core.identity.name
-        with self._queue.presence(f"teacher:{name}", self._consumer):
+        with self._queue.presence(teacher_role(name), self._consumer):
             async with self._queue.jobs(name, self._consumer) as worker:
                 while not self._stopping.is_set():
                     await self._take_jobs(worker)

@@ -14,7 +14,7 @@ from tutelage_client.errors import TutelageError
 
 from services import tracing
 from services.logs import about, log_to_stderr
-from services.queue import OrderClaim, OrderWorker, Queue, Submitted
+from services.queue import OrderClaim, OrderWorker, Queue, Submitted, sampler_role
 from student_trainer.config import RunConfig
 from student_trainer.policy_store import PolicyStore, PolicyVersion
 from student_trainer.run_queue import run_queue
@@ -25,7 +25,6 @@ from student_trainer.sampler.groups import GroupSampler, SampledGroup
 from student_trainer.sampler.metrics import Counters, FullQueue, metrics_port
 from student_trainer.sampler.policy import StudentPolicy
 from student_trainer.sampler.spans import RolloutTimes, record_rollout
-from student_trainer.waiting import sampler_role
 
 CLAIM_MS = 500
 POLL_SECONDS = 0.02

@@ -18,7 +18,7 @@ from tutelage.v1.rollout_pb2 import Group, SampleOrder, ViewRequest
 from tutelage_client.codec import unpack_ids
 
 from services.models.fingerprint import tokenizer_fingerprint
-from services.queue import LeaseSettings, Queue
+from services.queue import LeaseSettings, Queue, sampler_role
 from services.queue.embedded import EmbeddedServer
 from student_trainer.config import RunConfig, load_run_config
 from student_trainer.lineage import Stretch
@@ -30,7 +30,6 @@ from student_trainer.sampler.process import OrderService
 from student_trainer.sampler.verify import plain_logprobs
 from student_trainer.tasks.addition import CHARACTERS
 from student_trainer.tasks.characters import MODEL_ROWS, character_tokenizer
-from student_trainer.waiting import sampler_role
 
 HEARTBEAT = 0.4
 PATIENCE = 60.0

@@ -18,7 +18,7 @@ from tutelage.v1.teacher_pb2 import Context
 from tutelage_client.codec import score_to_proto, signal_to_proto
 from tutelage_client.errors import TutelageError
 
-from services.queue import JobClaim, JobWorker, OrderClaim, Queue, Submitted
+from services.queue import JobClaim, JobWorker, OrderClaim, Queue, Submitted, sampler_role, teacher_role
 from student_trainer.collect import Collector
 from student_trainer.config import RunConfig, parse_run_config
 from student_trainer.evaluations import Evaluations
@@ -28,7 +28,7 @@ from student_trainer.objective.compile import Plan
 from student_trainer.pacing import REPLACEMENTS_FROM, Pacer
 from student_trainer.policy_store import PolicyStore
 from student_trainer.verify import TrainingGroup
-from student_trainer.waiting import Watch, sampler_role, teacher_role
+from student_trainer.waiting import Watch
 
 pytest_plugins = ["support.queue_server"]
 

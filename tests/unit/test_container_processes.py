@@ -17,8 +17,7 @@ import pytest
 from launcher.finished import wait_for_end
 from launcher.health import ask, look_for
 from launcher.quickstart_models import name_models
-from services.queue import Queue
-from student_trainer.waiting import sampler_role
+from services.queue import Queue, sampler_role
 
 pytest_plugins = ["support.queue_server"]
 
