@@ -1,109 +1,179 @@
-"""Divergences between student p and teacher q, over a truncated support or the whole vocabulary.
+"""f-divergences between student p and teacher q, D_f(q‖p) = E_p f(u) with u = q/p, as rows of one table.
 
-Both are written for log-probabilities s = log p and t = log q. Sources: GKD (Agarwal et al., 2024,
-equation 1) for the generalised Jensen–Shannon divergence; the tails are described in `truncated`.
-Because Σ_V p ∇s = 0, any multiple of p may be added to the derivative ∂/∂s of a full divergence. The
-choice made here, ψ, vanishes where p = q; it is the derivative of the divergence extended to
-unnormalised measures, Σ p log(p/q) − p + q.
+A row knows four functions of one token. With s = log p and t = log q: its share p·f(u) of the divergence;
+ψ, the derivative by s; the weight w with which the score function ∇log p enters; and f itself. They are
+one thing: w_f = −f + u·f′ (OPD+) and ∂(p·f)/∂s = −p·w_f. Because Σ_V p ∇s = 0 and E_p ∇log p = 0, a
+constant may be added to w_f; everything here is centred, w = w_f(u) − w_f(1) and ψ = −p·w, so that a token
+on which both agree weighs nothing. Centring is the same as extending the divergence to measures that
+need not sum to one by f̃ = f − f′(1)·(u − 1), for example Σ p log(p/q) − p + q.
+
+Sources: GKD (Agarwal et al., 2024, equation 1) for the generalised Jensen–Shannon divergence; Cressie and
+Read (1984) for the power family, of which both χ² and the Hellinger distance are members.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from student_trainer.objective.settings import Divergence, Tail
+from student_trainer.objective.settings import Divergence
 
-SMALLEST_TAIL = -1e-7  # log of the largest mass a support may hold, so that a bucket is never empty
+MAX_LOG_RATIO = 20.0
+
+_OfPair: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+_OfRatio: TypeAlias = Callable[[Tensor], Tensor]
 
 
-def truncated(
-    divergence: Divergence, beta: float, student: Tensor, teacher: Tensor, present: Tensor, *, tail: Tail
-) -> Tensor:
-    """Divergence over a support S, differentiable in `student`.
+@dataclass(frozen=True, slots=True)
+class FDivergence:
+    """One row; every function works element by element.
 
-    Tails, what becomes of the vocabulary outside S:
-        raw: nothing; Σ_S alone, whose gradient does not vanish at p = q for the two KLs.
-        stop_gradient: the value of raw with the gradient Σ_S ψ ∇s. For KL(p‖q) this is
-            −Σ_S p · (log q − sg log p), Many Faces; for the others the same idea, derived.
-        renormalise: both sides are normalised over S.
-        bucket: the outside is one more token on both sides.
-
-    Args:
-        student, teacher: [R, K] log-probabilities; finite where `present`.
-        present: bool [R, K], at least one id per row.
-
-    Returns:
-        [R], nats.
+    Attributes:
+        share: (s, t) → p·f(u).
+        psi: (s, t) → −p·w, zero where s = t.
+        weight: log u → w = w_f(u) − w_f(1).
+        cost: log u → f(u); ratios above e^20 are cut there.
+        slope: f′(1), so that ∂ share/∂s = ψ − slope·p.
+        tile: (s, t) → the share summed over a row, and ψ, in few temporaries; overwrites t. None: made
+            of `share` and `psi`.
     """
-    s = torch.where(present, student, 0)
-    t = torch.where(present, teacher, 0)
-    if tail == "renormalise":
-        s = s - _log_mass(s, present)
-        t = t - _log_mass(t, present)
-    elif tail == "bucket":
-        s = torch.cat([s, _outside(s, present)], dim=1)
-        t = torch.cat([t, _outside(t, present)], dim=1)
-        present = torch.cat([present, torch.ones_like(present[:, :1])], dim=1)
-    terms = _terms(divergence, beta, s, t)
-    if tail == "stop_gradient":
-        terms = terms.detach() + derivative(divergence, beta, s.detach(), t) * (s - s.detach())
-    return torch.where(present, terms, 0).sum(dim=1)
+
+    share: _OfPair
+    psi: _OfPair
+    weight: _OfRatio
+    cost: _OfRatio
+    slope: float = 0.0
+    tile: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
 
-def derivative(divergence: Divergence, beta: float, s: Tensor, t: Tensor) -> Tensor:
-    """ψ, element by element: the derivative by s up to a multiple of p, zero where s = t."""
-    if divergence == "kl_student_teacher":
-        return s.exp() * (s - t)
-    if divergence == "kl_teacher_student":
-        return s.exp() - t.exp()
-    return (1 - beta) * s.exp() * (s - _log_mixture(beta, s, t))
+def f_divergence(name: Divergence, beta: float, alpha: float) -> FDivergence:
+    """The row of a divergence; `beta` acts on "jsd" only, `alpha` on "alpha" only."""
+    if name == "jsd":
+        return _jsd(beta)
+    if name == "alpha":
+        return _power(alpha)
+    return _ROWS[name]
 
 
-def dense(divergence: Divergence, beta: float, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """A tile of the full-vocabulary divergence, without autograd and with few temporaries.
+def _kl_student_teacher_tile(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    psi = torch.sub(s, t, out=t).mul_(s.exp())
+    return psi.sum(dim=1), psi
 
-    Args:
-        s, t: [R, W] log-probabilities; `t` is overwritten.
 
-    Returns:
-        the tile's share of the divergence [R], and ψ [R, W], which may share memory with `t`.
-    """
-    if divergence == "kl_student_teacher":
-        psi = torch.sub(s, t, out=t).mul_(s.exp())
-        return psi.sum(dim=1), psi
-    if divergence == "kl_teacher_student":
-        q = t.exp()
-        share = t.sub_(s).mul_(q).sum(dim=1)
-        return share, torch.exp(s, out=t).sub_(q)
-    mixture = _log_mixture(beta, s, t)
+def _kl_teacher_student_tile(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     q = t.exp()
-    share = beta * t.sub_(mixture).mul_(q).sum(dim=1)
-    psi = torch.sub(s, mixture, out=t).mul_(torch.exp(s, out=q)).mul_(1 - beta)
-    return share + psi.sum(dim=1), psi
+    share = t.sub_(s).mul_(q).sum(dim=1)
+    return share, torch.exp(s, out=t).sub_(q)
 
 
-def _terms(divergence: Divergence, beta: float, s: Tensor, t: Tensor) -> Tensor:
-    if divergence == "kl_student_teacher":
-        return s.exp() * (s - t)
-    if divergence == "kl_teacher_student":
-        return t.exp() * (t - s)
-    mixture = _log_mixture(beta, s, t)
-    return beta * t.exp() * (t - mixture) + (1 - beta) * s.exp() * (s - mixture)
+def _ratio(log_u: Tensor) -> Tensor:
+    return log_u.clamp(max=MAX_LOG_RATIO).exp()
 
 
-def _log_mixture(beta: float, s: Tensor, t: Tensor) -> Tensor:
-    """log(β q + (1 − β) p)."""
-    return torch.logaddexp(t + math.log(beta), s + math.log(1 - beta))
+def _jsd(beta: float) -> FDivergence:
+    """β·KL(q‖M) + (1 − β)·KL(p‖M), M = βq + (1 − β)p: f = βu·log u − m·log m with m = βu + 1 − β."""
+
+    def mixture(s: Tensor, t: Tensor) -> Tensor:
+        return torch.logaddexp(t + math.log(beta), s + math.log(1 - beta))
+
+    def share(s: Tensor, t: Tensor) -> Tensor:
+        log_m = mixture(s, t)
+        return beta * t.exp() * (t - log_m) + (1 - beta) * s.exp() * (s - log_m)
+
+    def cost(log_u: Tensor) -> Tensor:
+        log_u = log_u.clamp(max=MAX_LOG_RATIO)
+        u = log_u.exp()
+        log_m = torch.log(beta * u + 1 - beta)
+        return beta * u * (log_u - log_m) - (1 - beta) * log_m
+
+    def tile(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        log_m = mixture(s, t)
+        q = t.exp()
+        from_q = beta * t.sub_(log_m).mul_(q).sum(dim=1)
+        psi = torch.sub(s, log_m, out=t).mul_(torch.exp(s, out=q)).mul_(1 - beta)
+        return from_q + psi.sum(dim=1), psi
+
+    return FDivergence(
+        share=share,
+        psi=lambda s, t: (1 - beta) * s.exp() * (s - mixture(s, t)),
+        weight=lambda log_u: (1 - beta) * torch.log(beta * _ratio(log_u) + 1 - beta),
+        cost=cost,
+        tile=tile,
+    )
 
 
-def _log_mass(logprobs: Tensor, present: Tensor) -> Tensor:
-    return torch.logsumexp(logprobs.masked_fill(~present, -torch.inf), dim=1, keepdim=True)
+def _power(alpha: float, scale: float = 1.0) -> FDivergence:
+    """scale · (Σ q^α p^(1−α) − 1) / (α(α − 1)), centred: f = (u^α − 1 − α(u − 1)) / (α(α − 1)).
+
+    α in (0, 1) is bounded. Otherwise u^α runs away, so f goes on as a straight line where u leaves
+    [e^−20, e^20]: still an f-divergence, with w constant out there.
+    """
+    bounded = 0 < alpha < 1
+    factor = scale / (alpha * (alpha - 1))
+
+    def held(log_u: Tensor) -> Tensor:
+        return log_u.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+    def cost(log_u: Tensor) -> Tensor:
+        log_u = held(log_u)
+        return factor * (torch.expm1(alpha * log_u) - alpha * torch.expm1(log_u))
+
+    def share(s: Tensor, t: Tensor) -> Tensor:
+        p, q = s.exp(), t.exp()
+        if bounded:
+            return factor * (torch.exp(alpha * t + (1 - alpha) * s) - p - alpha * (q - p))
+        log_u = held(t - s)
+        slope = factor * alpha * torch.expm1((alpha - 1) * log_u)
+        return p * cost(log_u) + slope * (q - torch.exp(s + log_u))
+
+    def psi(s: Tensor, t: Tensor) -> Tensor:
+        if bounded:
+            return scale / alpha * (s.exp() - torch.exp(alpha * t + (1 - alpha) * s))
+        return -scale / alpha * s.exp() * torch.expm1(alpha * held(t - s))
+
+    return FDivergence(
+        share=share,
+        psi=psi,
+        weight=lambda log_u: scale / alpha * torch.expm1(alpha * held(log_u)),
+        cost=cost,
+    )
 
 
-def _outside(logprobs: Tensor, present: Tensor) -> Tensor:
-    """log of the mass outside the support, [R, 1]."""
-    inside = _log_mass(logprobs, present).clamp(max=SMALLEST_TAIL)
-    return torch.log(-torch.expm1(inside))
+_ROWS: dict[Divergence, FDivergence] = {
+    "kl_student_teacher": FDivergence(  # f = −log u, w_f = log u − 1
+        share=lambda s, t: s.exp() * (s - t),
+        psi=lambda s, t: s.exp() * (s - t),
+        weight=lambda log_u: log_u,
+        cost=lambda log_u: -log_u,
+        slope=-1.0,
+        tile=_kl_student_teacher_tile,
+    ),
+    "kl_teacher_student": FDivergence(  # f = u·log u, w_f = u
+        share=lambda s, t: t.exp() * (t - s),
+        psi=lambda s, t: s.exp() - t.exp(),
+        weight=lambda log_u: _ratio(log_u) - 1,
+        cost=lambda log_u: _ratio(log_u) * log_u.clamp(max=MAX_LOG_RATIO),
+        slope=1.0,
+        tile=_kl_teacher_student_tile,
+    ),
+    "jeffreys": FDivergence(  # KL(p‖q) + KL(q‖p): f = (u − 1)·log u, w_f = log u + u − 1
+        share=lambda s, t: (s.exp() - t.exp()) * (s - t),
+        psi=lambda s, t: s.exp() * (s - t) + s.exp() - t.exp(),
+        weight=lambda log_u: log_u + _ratio(log_u) - 1,
+        cost=lambda log_u: (_ratio(log_u) - 1) * log_u.clamp(max=MAX_LOG_RATIO),
+    ),
+    "total_variation": FDivergence(  # ½·Σ|p − q|: f = ½|u − 1|, w_f = ½·sign(u − 1)
+        share=lambda s, t: 0.5 * (s.exp() - t.exp()).abs(),
+        psi=lambda s, t: 0.5 * s.exp() * torch.sign(s - t),
+        weight=lambda log_u: 0.5 * torch.sign(log_u),
+        cost=lambda log_u: 0.5 * (_ratio(log_u) - 1).abs(),
+    ),
+    "hellinger": _power(0.5, 0.25),  # ½·Σ(√p − √q)²
+    "chi_square_teacher_student": _power(2.0, 2.0),  # Σ(q − p)²/p
+    "chi_square_student_teacher": _power(-1.0, 2.0),  # Σ(p − q)²/q
+}

@@ -1,7 +1,7 @@
 """Score-function estimators: advantages of the sampled token, return-to-go, off-policy corrections.
 
 For D_f(q‖p) = E_p f(u), u = q/p, the gradient is E_p[−w_f ∇log p] with w_f = u f′(u) − f(u) (OPD+).
-Here w_f(u) − w_f(1) is used: the constant is a baseline, and a token on which both agree weighs nothing.
+The constant w_f(1) is a baseline and is taken off (see `divergences`).
 The behaviour policy's log μ stands in for log p inside u, as in the published implementations; both are
 the same on-policy.
 """
@@ -11,36 +11,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from student_trainer.objective.mix import MAX_LOG_RATIO
+from student_trainer.objective.divergences import MAX_LOG_RATIO, FDivergence
 from student_trainer.objective.settings import (
     Correction,
-    Divergence,
     ImportanceCorrection,
     PpoCorrection,
 )
 from student_trainer.objective.weights import position_in_sequence
 
 
-def own_advantage(divergence: Divergence, beta: float, log_u: Tensor) -> Tensor:
-    """w_f(u) − w_f(1) of the sampled token, from log u = log q(y) − log μ(y)."""
-    if divergence == "kl_student_teacher":
-        return log_u
-    u = log_u.clamp(max=MAX_LOG_RATIO).exp()
-    if divergence == "kl_teacher_student":
-        return u - 1
-    return (1 - beta) * torch.log(beta * u + 1 - beta)
+def own_advantage(row: FDivergence, log_u: Tensor, *, stopped: bool = False) -> Tensor:
+    """w_f(u) − w_f(1) of the sampled token, from log u = log q(y) − log μ(y).
+
+    `stopped` gives −f(u) instead, the policy gradient of a stopped divergence, which leaves out how the
+    divergence itself moves with p. It is another direction for everything but KL(p‖q).
+    """
+    return -row.cost(log_u) if stopped else row.weight(log_u)
 
 
-def future_reward(divergence: Divergence, beta: float, log_u: Tensor) -> Tensor:
+def future_reward(row: FDivergence, log_u: Tensor) -> Tensor:
     """−f(u): what a later token's divergence costs the tokens before it."""
-    if divergence == "kl_student_teacher":
-        return log_u
-    log_u = log_u.clamp(max=MAX_LOG_RATIO)
-    u = log_u.exp()
-    if divergence == "kl_teacher_student":
-        return -u * log_u
-    log_m = torch.log(beta * u + 1 - beta)
-    return -(beta * u * (log_u - log_m) - (1 - beta) * log_m)
+    return -row.cost(log_u)
 
 
 def discounted_future(

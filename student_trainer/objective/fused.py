@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from student_trainer.objective.batch import Head
-from student_trainer.objective.divergences import dense
 from student_trainer.objective.rows import Rows
+from student_trainer.objective.tails import dense
 
 CONVERTED_ROWS = 16_384  # of a head that is converted to the dtype of the logits, at a time
 
@@ -170,13 +170,15 @@ class ChunkedLoss:
 
         Rows where the teacher is not finite are marked bad and their ψ is zero.
         """
-        plan = self.rows.plan
         target = self._normaliser(other)
         value, total = torch.zeros_like(normaliser), torch.zeros_like(normaliser)
         s_shift, t_shift = (x.to(logits.dtype)[:, None] for x in (normaliser, target))
         for columns in self._tiles(logits):
             share, psi = dense(
-                plan.divergence, plan.beta, logits[:, columns] - s_shift, other[:, columns] - t_shift
+                self.rows.divergence,
+                logits[:, columns] - s_shift,
+                other[:, columns] - t_shift,
+                self.rows.plan.entry_clip,
             )
             value += share
             total += psi.sum(dim=1)

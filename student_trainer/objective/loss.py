@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from student_trainer.objective.batch import Head, LossOutput, TokenBatch, ViewTensors
-from student_trainer.objective.compile import Plan
 from student_trainer.objective.fused import ChunkedLoss, FusedHeadLoss, HeadPass, NonFiniteStudentError
+from student_trainer.objective.plan import Plan
 from student_trainer.objective.rows import Rows, select_rows
 
 __all__ = ["Head", "LossOutput", "NonFiniteStudentError", "TokenBatch", "ViewTensors", "objective_loss"]

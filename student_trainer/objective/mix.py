@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from student_trainer.objective.compile import Plan
+from student_trainer.objective.divergences import MAX_LOG_RATIO
+from student_trainer.objective.plan import Plan
 
 STD_EPSILON = 1e-6
-MAX_LOG_RATIO = 20.0
 
 
 def group_advantages(rewards: Tensor, group_sizes: Tensor, *, divide_by_std: bool) -> Tensor:

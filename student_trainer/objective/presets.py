@@ -80,11 +80,18 @@ def idle_fields(settings: ObjectiveSettings) -> dict[str, str]:
 
     truncated = settings.support in ("teacher_topk", "student_topk", "union")
     only("beta", settings.divergence == "jsd", 'divergence = "jsd"')
+    only("alpha", settings.divergence == "alpha", 'divergence = "alpha"')
     only("k", truncated, "a top-k support")
     only("tail", truncated, "a top-k support")
     score_function = settings.estimator == "score_function"
     for field in ("horizon", "discount", "advantage_clip"):
         only(field, score_function, 'estimator = "score_function"')
+    only(
+        "score_weight",
+        score_function and settings.divergence != "kl_student_teacher" and settings.mix != "multiply",
+        'estimator = "score_function", a divergence other than kl_student_teacher and no mix = "multiply"',
+    )
+    only("entry_clip", not score_function, 'estimator = "pathwise"')
     only("ratio_clip", settings.mix == "multiply", 'mix = "multiply"')
     only("route_reward", settings.mix == "route", 'mix = "route"')
     for field in ("reward_coefficient", "advantage_std"):

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from student_trainer.objective.batch import PAD_ID, TokenBatch, ViewTensors
-from student_trainer.objective.compile import TRUNCATED, Plan
-from student_trainer.objective.divergences import truncated
+from student_trainer.objective.divergences import FDivergence, f_divergence
 from student_trainer.objective.estimators import (
     discounted_future,
     future_reward,
@@ -22,8 +21,10 @@ from student_trainer.objective.estimators import (
     surrogate,
 )
 from student_trainer.objective.mix import mixed_advantage, rewarded
+from student_trainer.objective.plan import TRUNCATED, Plan
 from student_trainer.objective.settings import ImportanceCorrection
 from student_trainer.objective.support import check_distinct, check_ids
+from student_trainer.objective.tails import truncated
 from student_trainer.objective.weights import entropy_gate
 
 
@@ -39,6 +40,7 @@ class Rows:
     """
 
     plan: Plan
+    divergence: FDivergence
     index: Tensor
     weight: Tensor  # f64 [N]
     gather_ids: Tensor
@@ -108,7 +110,9 @@ class Rows:
         teacher, present = self.teacher[part], self.present[part]
         for name, logprobs in (("student_mass", student.detach()), ("teacher_mass", teacher)):
             self._record(name, torch.where(present, logprobs.exp(), 0).sum(dim=1), distilled)
-        return truncated(plan.divergence, plan.beta, student, teacher, present, tail=plan.tail)
+        return truncated(
+            self.divergence, student, teacher, present, tail=plan.tail, entry_clip=plan.entry_clip
+        )
 
     def _policy_gradient(self, part: slice, sampled: Tensor, alive: Tensor) -> Tensor:
         assert self.advantage is not None
@@ -183,6 +187,7 @@ def select_rows(batch: TokenBatch, plan: Plan, vocabulary: int) -> Rows:
         gather_ids = gather_ids.clamp(min=0)
     return Rows(
         plan=plan,
+        divergence=f_divergence(plan.divergence, plan.beta, plan.alpha),
         index=index,
         weight=batch.weight.double()[index],
         gather_ids=gather_ids,
@@ -261,10 +266,11 @@ def _advantage(batch: TokenBatch, plan: Plan, behaviour: Tensor, reward: Tensor 
     log_u = torch.where(known, target - behaviour, 0)
     if plan.mix == "multiply":
         return mixed_advantage(plan, None, reward, log_u)
-    own = _bounded(plan, own_advantage(plan.divergence, plan.beta, log_u))
+    row = f_divergence(plan.divergence, plan.beta, plan.alpha)
+    own = _bounded(plan, own_advantage(row, log_u, stopped=plan.score_weight == "stopped"))
     if plan.horizon != 0:
         assert batch.sequence_lengths is not None
-        later = _bounded(plan, future_reward(plan.divergence, plan.beta, log_u))
+        later = _bounded(plan, future_reward(row, log_u))
         own = own + discounted_future(
             later, batch.sequence_lengths, horizon=plan.horizon, discount=plan.discount
         )

@@ -6,10 +6,21 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, PositiveInt
 
-Divergence: TypeAlias = Literal["kl_student_teacher", "kl_teacher_student", "jsd"]
+Divergence: TypeAlias = Literal[
+    "kl_student_teacher",
+    "kl_teacher_student",
+    "jsd",
+    "jeffreys",
+    "hellinger",
+    "total_variation",
+    "chi_square_student_teacher",
+    "chi_square_teacher_student",
+    "alpha",
+]
 Support: TypeAlias = Literal["sampled", "teacher_topk", "student_topk", "union", "full"]
-Tail: TypeAlias = Literal["raw", "stop_gradient", "renormalise", "bucket"]
+Tail: TypeAlias = Literal["raw", "stop_gradient", "stop_gradient_mean", "renormalise", "bucket"]
 Estimator: TypeAlias = Literal["pathwise", "score_function"]
+ScoreWeight: TypeAlias = Literal["exact", "stopped"]
 Mix: TypeAlias = Literal["replace", "add", "multiply", "route"]
 Normalisation: TypeAlias = Literal["token_mean", "sequence_mean"]
 Horizon: TypeAlias = NonNegativeInt | Literal["response"]
@@ -86,12 +97,25 @@ class ObjectiveSettings(_Settings):
     beta: Annotated[FiniteFloat, Field(ge=0, le=1)] | None = Field(
         None, description="jsd only (0.5): 0 is KL(teacher‖student), 1 is KL(student‖teacher)"
     )
+    alpha: Annotated[FiniteFloat, Field(ge=-2, le=3)] | None = Field(
+        None,
+        description="alpha only (0.5): (Σ q^α p^(1−α) − 1) / (α(α − 1)), p student, q teacher; "
+        "0 is KL(student‖teacher), 1 is KL(teacher‖student)",
+    )
     support: Support = Field("sampled", description="token ids per position that enter the loss")
     k: PositiveInt | None = Field(None, description="ids per position for top-k supports (64)")
     tail: Tail | None = Field(None, description="what happens outside a top-k support (bucket)")
     estimator: Estimator = Field(
         "score_function",
         description="differentiate the divergence (pathwise), or weigh the sampled token's log-probability",
+    )
+    score_weight: ScoreWeight | None = Field(
+        None,
+        description="score_function: the divergence's true weight (exact), or −f(q/p) as a stopped gradient "
+        "leaves it (stopped), which points elsewhere; for comparison",
+    )
+    entry_clip: Annotated[FiniteFloat, Field(gt=0)] | None = Field(
+        None, description="pathwise: bound on the share of each token of the support"
     )
     correction: Correction = Field(NoCorrection(), description="for samples of an older policy")
     horizon: Horizon = Field(

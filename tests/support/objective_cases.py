@@ -14,9 +14,12 @@ from student_trainer.objective import loss as loss_module
 from student_trainer.objective.compile import Plan, compile_plan
 from student_trainer.objective.loss import Head, TokenBatch, ViewTensors, objective_loss
 from student_trainer.objective.settings import ObjectiveSettings
+from support.tabular import DIVERGENCES, share
 
-DIVERGENCES = [("kl_student_teacher", None), ("kl_teacher_student", None), ("jsd", 0.5), ("jsd", 0.1)]
-TAILS = ["raw", "stop_gradient", "renormalise", "bucket"]
+BASIC: list[dict[str, Any]] = [*DIVERGENCES[:3], {"divergence": "jsd", "beta": 0.1}]
+OTHERS = DIVERGENCES[4:]
+TAILS = ["raw", "stop_gradient", "stop_gradient_mean", "renormalise", "bucket"]
+SUPPORTS = ["teacher_topk", "student_topk", "union"]
 NONE: dict[str, Any] = {"kind": "none"}
 CAPPED: dict[str, Any] = {"kind": "importance", "cap": 1.3}
 PPO: dict[str, Any] = {"kind": "ppo", "clip": 0.2, "dual_clip": 1.5}
@@ -24,31 +27,54 @@ PPO: dict[str, Any] = {"kind": "ppo", "clip": 0.2, "dual_clip": 1.5}
 
 def sampled_rows() -> list[dict[str, Any]]:
     plain = [
-        {"divergence": name, "beta": beta, "correction": correction, "mix": mix}
-        for name, beta in DIVERGENCES
+        {**row, "correction": correction, "mix": mix}
+        for row in BASIC
         for correction in (NONE, CAPPED, PPO)
         for mix in ("replace", "add")
     ]
-    return [*plain, {"mix": "route"}, {"mix": "add", "distill_coefficient": 0.0, "correction": PPO}]
+    others = [{**row, "correction": CAPPED} for row in OTHERS]
+    stopped = [{**row, "score_weight": "stopped"} for row in DIVERGENCES[1:]]
+    return [
+        *plain,
+        *others,
+        *stopped,
+        {"mix": "route"},
+        {"mix": "add", "distill_coefficient": 0.0, "correction": PPO},
+    ]
 
 
 def pathwise_rows() -> list[dict[str, Any]]:
     truncated = [
-        {"divergence": name, "beta": beta, "support": support, "tail": tail, "correction": correction}
-        for name, beta in DIVERGENCES
-        for support in ("teacher_topk", "student_topk", "union")
+        {**row, "support": support, "tail": tail, "correction": correction}
+        for row in BASIC
+        for support in SUPPORTS
         for tail in TAILS
         for correction in (NONE, CAPPED)
     ]
+    others = [
+        {**row, "support": SUPPORTS[(i + j) % 3], "tail": tail}
+        for i, row in enumerate(OTHERS)
+        for j, tail in enumerate(TAILS)
+    ]
+    clipped = [
+        {**row, **where, "entry_clip": 0.1}
+        for row in DIVERGENCES
+        for where in (
+            {"support": "full"},
+            {"support": "teacher_topk", "tail": "raw"},
+            {"support": "union", "tail": "bucket"},
+        )
+    ]
     full = [
-        {"divergence": name, "beta": beta, "support": "full", "correction": correction, "mix": mix}
-        for name, beta in DIVERGENCES
+        {**row, "support": "full", "correction": correction, "mix": mix}
+        for row in BASIC
         for correction, mix in ((NONE, "replace"), (CAPPED, "replace"), (PPO, "add"), (NONE, "route"))
     ]
+    full += [{**row, "support": "full"} for row in OTHERS]
     mixed = [
         {"support": "teacher_topk", "tail": tail, "mix": mix} for tail in TAILS for mix in ("add", "route")
     ]
-    return [{"estimator": "pathwise", **row} for row in (*truncated, *full, *mixed)]
+    return [{"estimator": "pathwise", **row} for row in (*truncated, *others, *full, *clipped, *mixed)]
 
 
 ROWS = sampled_rows() + pathwise_rows()
@@ -150,13 +176,22 @@ def plain_row(plan: Plan, batch: TokenBatch, t: int, log_p: Tensor, log_q: Tenso
 
 
 def sampled_advantage(plan: Plan, u: Tensor) -> Tensor:
-    if plan.divergence == "kl_student_teacher":
-        return u.log()
-    return (
-        u - 1
-        if plan.divergence == "kl_teacher_student"
-        else (1 - plan.beta) * (plan.beta * u + 1 - plan.beta).log()
-    )
+    """w_f(u) − w_f(1) with w_f = −f + u·f′ from f itself, whose derivative autograd takes."""
+
+    def cost(ratio: Tensor) -> Tensor:
+        return share(row_of(plan), torch.ones_like(ratio), ratio)
+
+    def weight(ratio: Tensor) -> Tensor:
+        leaf = ratio.detach().clone().requires_grad_()
+        (slope,) = torch.autograd.grad(cost(leaf).sum(), leaf)
+        return -cost(ratio) + ratio * slope
+
+    return -cost(u) if plan.score_weight == "stopped" else weight(u) - weight(torch.ones_like(u))
+
+
+def row_of(plan: Plan) -> dict[str, Any]:
+    """The divergence of a plan, as `share` wants it."""
+    return {"divergence": plan.divergence, "beta": plan.beta, "alpha": plan.alpha}
 
 
 def plain_surrogate(plan: Plan, log_p: Tensor, log_ratio: Tensor, advantage: Any) -> Tensor:
@@ -172,7 +207,7 @@ def plain_surrogate(plan: Plan, log_p: Tensor, log_ratio: Tensor, advantage: Any
 
 def plain_divergence(plan: Plan, batch: TokenBatch, t: int, log_p: Tensor, log_q: Tensor | None) -> Tensor:
     if log_q is not None:
-        return divergence(plan, log_p, log_q).sum()
+        return clipped_share(plan, log_p, log_q).sum()
     view = batch.views["teacher"]
     keep = view.support_ids[t] >= 0  # type: ignore[index]
     s, q = log_p[view.support_ids[t][keep]], view.support_logprobs[t][keep]  # type: ignore[index]
@@ -183,21 +218,18 @@ def plain_divergence(plan: Plan, batch: TokenBatch, t: int, log_p: Tensor, log_q
             torch.cat([x, torch.log(-torch.expm1(x.logsumexp(-1, keepdim=True).clamp(max=-1e-7)))])
             for x in (s, q)
         )
-    if plan.tail == "stop_gradient":
+    value = clipped_share(plan, s, q).sum()
+    if plan.tail in ("stop_gradient", "stop_gradient_mean"):
         if plan.divergence == "kl_student_teacher":
-            return -(s.exp() * (q - s.detach())).sum()
+            value = -(s.exp() * (q - s.detach())).sum()
         if plan.divergence == "kl_teacher_student":
-            return (q.exp() * (q - s) + s.exp() - s.detach().exp()).sum()
-    return divergence(plan, s, q).sum()
+            value = (q.exp() * (q - s) + s.exp() - s.detach().exp()).sum()
+    return value / s.detach().exp().sum() if plan.tail == "stop_gradient_mean" else value
 
 
-def divergence(plan: Plan, s: Tensor, t: Tensor) -> Tensor:
-    if plan.divergence == "kl_student_teacher":
-        return s.exp() * (s - t)
-    if plan.divergence == "kl_teacher_student":
-        return t.exp() * (t - s)
-    m = (plan.beta * t.exp() + (1 - plan.beta) * s.exp()).log()
-    return plan.beta * t.exp() * (t - m) + (1 - plan.beta) * s.exp() * (s - m)
+def clipped_share(plan: Plan, s: Tensor, t: Tensor) -> Tensor:
+    shares = share(row_of(plan), s.exp(), t.exp())
+    return shares if plan.entry_clip is None else shares.clamp(max=plan.entry_clip)
 
 
 def make_case(seed: int, row: dict[str, Any], shape: dict[str, Any]) -> Case:

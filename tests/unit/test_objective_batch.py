@@ -86,6 +86,16 @@ ROWS: list[dict[str, Any]] = [
     {**PATHWISE, "tail": "renormalise", "mix": "route"},
     {**PATHWISE, "tail": "raw", "divergence": "kl_teacher_student", "correction": {"kind": "importance"}},
     {**PATHWISE, "tail": "stop_gradient", "mix": "add"},
+    *({"divergence": name} for name in ("jeffreys", "chi_square_teacher_student", "total_variation")),
+    {"divergence": "chi_square_student_teacher", "horizon": 2},
+    {"divergence": "chi_square_teacher_student", "score_weight": "stopped"},
+    *(
+        {**PATHWISE, "divergence": name, "tail": tail}
+        for name in ("jeffreys", "hellinger", "chi_square_student_teacher", "chi_square_teacher_student")
+        for tail in ("raw", "bucket")
+    ),
+    {**PATHWISE, "divergence": "alpha", "alpha": 3.0, "tail": "stop_gradient_mean"},
+    {**PATHWISE, "divergence": "alpha", "alpha": -2.0, "tail": "renormalise", "entry_clip": 0.1},
 ]
 
 

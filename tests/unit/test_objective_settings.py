@@ -127,6 +127,17 @@ def test_jsd_ends_are_the_two_divergences() -> None:
     assert plan_of(preset="gkd", beta=1.0).divergence == "kl_student_teacher"
 
 
+def test_alpha_ends_are_the_two_divergences_and_heavy_tails_warn() -> None:
+    assert plan_of(divergence="alpha", alpha=0.0).divergence == "kl_student_teacher"
+    assert plan_of(divergence="alpha", alpha=1.0).divergence == "kl_teacher_student"
+    assert "tail is heavy" in plan_of(divergence="alpha", alpha=1.5).warnings[0]
+    for name in ("kl_teacher_student", "jeffreys", "chi_square_student_teacher"):
+        assert "tail is heavy" in plan_of(divergence=name).warnings[0]
+        assert plan_of(divergence=name, advantage_clip=5.0).warnings == ()
+    for name in ("kl_student_teacher", "jsd", "hellinger", "total_variation", "alpha"):
+        assert plan_of(divergence=name).warnings == ()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -135,6 +146,10 @@ def test_jsd_ends_are_the_two_divergences() -> None:
         ({"tail": "raw"}, "objective.tail: set to 'raw'"),
         ({"k": 4}, "objective.k"),
         ({"beta": 0.3}, "objective.beta"),
+        ({"alpha": 0.3}, "objective.alpha"),
+        ({"score_weight": "stopped"}, "objective.score_weight"),
+        ({"entry_clip": 0.1}, "objective.entry_clip"),
+        ({"preset": "many-faces", "entry_clip": 0.1}, "objective.tail: got 'stop_gradient' with entry_clip"),
         ({"preset": "gkd", "horizon": 2}, "objective.horizon"),
         ({"preset": "gkd", "correction": {"kind": "ppo"}}, "objective.correction"),
         ({"preset": "gkd", "mix": "multiply"}, "objective.mix"),

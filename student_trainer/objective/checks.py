@@ -1,0 +1,181 @@
+"""Which combinations of settings mean something: refusals, and warnings for the ones that mislead."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+
+from student_trainer.objective.plan import TRUNCATED
+from student_trainer.objective.settings import (
+    Divergence,
+    NoCorrection,
+    ObjectiveError,
+    ObjectiveSettings,
+    PpoCorrection,
+)
+
+SLOPED = ("kl_student_teacher", "kl_teacher_student")  # f′(1) is not 0
+HEAVY_TAILED = (
+    "kl_teacher_student",
+    "jeffreys",
+    "chi_square_student_teacher",
+    "chi_square_teacher_student",
+)
+ENTROPY_GATES = ("teacher_entropy_above", "teacher_entropy_below")
+
+
+def check_mix(row: ObjectiveSettings, needs_teacher: bool) -> None:
+    rewarded = row.mix != "replace" and row.reward_coefficient != 0
+    if not needs_teacher and not rewarded:
+        raise ObjectiveError(
+            "objective.distill_coefficient: got 0 and no reward is mixed in, so nothing would be trained"
+        )
+    if row.mix == "multiply":
+        if row.estimator == "pathwise":
+            raise ObjectiveError(
+                'objective.mix: "multiply" scales the advantage of the sampled token and needs '
+                'estimator = "score_function", got "pathwise"'
+            )
+        if row.reward_coefficient == 0 or not 0 <= row.distill_coefficient <= 1:
+            raise ObjectiveError(
+                'objective.distill_coefficient: with mix = "multiply" it blends the factor and lies in '
+                f"[0, 1], and reward_coefficient is not 0; got {row.distill_coefficient} and "
+                f"{row.reward_coefficient}"
+            )
+        if row.horizon != 0:
+            raise ObjectiveError(f'objective.horizon: must be 0 with mix = "multiply", got {row.horizon!r}')
+
+
+def check_estimator(row: ObjectiveSettings, needs_teacher: bool) -> None:
+    if not needs_teacher:
+        return
+    if row.estimator == "score_function" and row.support != "sampled":
+        raise ObjectiveError(
+            'objective.support: estimator = "score_function" weighs the sampled token and allows '
+            f'"sampled" only, got {row.support!r}; "pathwise" sums over the whole support exactly'
+        )
+    if row.estimator == "pathwise" and row.support == "sampled":
+        raise ObjectiveError(
+            'objective.support: got "sampled" with estimator = "pathwise"; the derivative through one '
+            'sampled log-probability has zero mean. Use "score_function" or another support'
+        )
+    if row.estimator == "pathwise" and row.mix == "replace" and isinstance(row.correction, PpoCorrection):
+        raise ObjectiveError(
+            'objective.correction: "ppo" clips the sampled token\'s surrogate, which estimator = '
+            '"pathwise" has only for a mixed-in reward; allowed: "none", "importance"'
+        )
+    if row.entry_clip is not None and row.tail in ("stop_gradient", "stop_gradient_mean"):
+        raise ObjectiveError(
+            f"objective.tail: got {row.tail!r} with entry_clip, which bounds shares that are differentiated; "
+            'allowed: "raw", "renormalise", "bucket", or support = "full"'
+        )
+
+
+def check_gates(row: ObjectiveSettings, needs_teacher: bool) -> None:
+    gates = [name for name in ENTROPY_GATES if getattr(row.tokens, name) is not None]
+    if gates and (not needs_teacher or row.support == "full"):
+        raise ObjectiveError(
+            f"objective.tokens.{gates[0]}: needs a teacher that is asked over the wire "
+            f"(support other than full, distill_coefficient other than 0)"
+        )
+
+
+def effective_temperature(row: ObjectiveSettings, student_temperature: float, needs_teacher: bool) -> float:
+    if not student_temperature > 0:
+        raise ObjectiveError(f"sampling.temperature: must be positive to train, got {student_temperature}")
+    temperature = student_temperature if row.temperature is None else row.temperature
+    if temperature != student_temperature and needs_behaviour(row, needs_teacher):
+        raise ObjectiveError(
+            f"objective.temperature: got {temperature}, but this objective compares with log-probabilities "
+            f"taken at sampling.temperature = {student_temperature}; leave it unset"
+        )
+    return temperature
+
+
+def needs_behaviour(row: ObjectiveSettings, needs_teacher: bool) -> bool:
+    uses_advantage = needs_teacher and row.estimator == "score_function"
+    return uses_advantage or not isinstance(row.correction, NoCorrection)
+
+
+def teacher_names(row: ObjectiveSettings, teachers: Sequence[str]) -> dict[str, str]:
+    """The teacher's name behind every view."""
+    weights = {view: spec.weights for view, spec in row.views.items()} or {"teacher": "teacher"}
+    return {view: _teacher_name(view, spec, teachers) for view, spec in weights.items()}
+
+
+def _teacher_name(view: str, weights: str, teachers: Sequence[str]) -> str:
+    kind, _, name = weights.partition(":")
+    if kind != "teacher":
+        raise ObjectiveError(
+            f'objective.views.{view}.weights: got {weights!r}, allowed: "teacher" or "teacher:NAME"'
+        )
+    if not name:
+        if len(teachers) > 1:
+            raise ObjectiveError(
+                f'objective.views.{view}.weights: "teacher" is ambiguous, allowed: '
+                + ", ".join(f'"teacher:{known}"' for known in teachers)
+            )
+        return teachers[0] if teachers else ""
+    if teachers and name not in teachers:
+        nearest = difflib.get_close_matches(name, teachers, n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise ObjectiveError(
+            f"objective.views.{view}.weights: got teacher {name!r}, allowed: {', '.join(teachers)}{hint}"
+        )
+    return name
+
+
+def check_views(row: ObjectiveSettings, divergence: Divergence, views: Mapping[str, float]) -> None:
+    """A log-linear target Σ c_v log q_v stays unnormalised only where its constant cancels."""
+    plain = len(views) == 1 and next(iter(views.values())) == 1
+    cancels = row.support == "sampled" and divergence == "kl_student_teacher" and row.horizon == 0
+    if plain or (cancels and row.mix != "multiply"):
+        return
+    got = ", ".join(f"{view}: {coefficient}" for view, coefficient in views.items())
+    raise ObjectiveError(
+        f"objective.views: got {{{got}}}; more than one view, or a coefficient other than 1, needs no "
+        'normalisation only with divergence = "kl_student_teacher", support = "sampled", horizon = 0 and a '
+        "mix other than multiply. Otherwise exactly one view with coefficient 1 is allowed "
+        "(distill_coefficient scales the whole loss)"
+    )
+
+
+def temperature_warnings(temperature: float, student_temperature: float) -> tuple[str, ...]:
+    if temperature == student_temperature:
+        return ()
+    return (
+        f"objective.temperature = {temperature} is not sampling.temperature = {student_temperature}: that "
+        "trainer and sampler mean the same positions cannot be checked from their log-probabilities",
+    )
+
+
+def objective_warnings(
+    row: ObjectiveSettings, divergence: Divergence, needs_teacher: bool
+) -> tuple[str, ...]:
+    """What a user should know before starting."""
+    if not needs_teacher:
+        return ()
+    warnings = []
+    if row.support in TRUNCATED and row.tail == "raw" and divergence in SLOPED:
+        warnings.append(
+            'objective.tail = "raw" truncates the sum without correction: its gradient is not zero where '
+            'student and teacher agree. "stop_gradient", "renormalise" and "bucket" have no such bias'
+        )
+    if row.support == "sampled" and row.mix != "multiply":
+        if _heavy_tailed(row, divergence) and row.advantage_clip is None:
+            warnings.append(
+                f"objective.divergence = {divergence!r} from sampled tokens weighs by a power of q/p, whose "
+                "tail is heavy; consider objective.advantage_clip or a top-k support"
+            )
+        if row.score_weight == "stopped" and divergence != "kl_student_teacher":
+            warnings.append(
+                'objective.score_weight = "stopped" is not the gradient of the divergence and can point away '
+                'from it; "exact" is'
+            )
+    return tuple(warnings)
+
+
+def _heavy_tailed(row: ObjectiveSettings, divergence: Divergence) -> bool:
+    """Whether the weight of a sampled token has no variance worth the name when q and p differ."""
+    outside = row.alpha is not None and not 0 <= row.alpha <= 1
+    return divergence in HEAVY_TAILED or (divergence == "alpha" and outside)

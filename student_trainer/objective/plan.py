@@ -1,0 +1,90 @@
+"""Plan: a checked objective with every default filled in, which the loss and the trainer read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from tutelage_client.types import Signal
+
+from student_trainer.objective.settings import (
+    Correction,
+    Divergence,
+    Estimator,
+    Mix,
+    Normalisation,
+    ScoreWeight,
+    Support,
+    Tail,
+    TokenSettings,
+)
+
+DEFAULT_BETA = 0.5
+DEFAULT_ALPHA = 0.5
+DEFAULT_K = 64
+DEFAULT_RATIO_CLIP = 0.2
+TRUNCATED = ("teacher_topk", "student_topk", "union")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A checked objective with every default filled in.
+
+    Attributes:
+        beta, alpha: parameters of divergence "jsd" and "alpha"; idle otherwise.
+        score_weight: "exact" is w_f; "stopped" is −f(u), another direction but for KL(p‖q).
+        entry_clip: bound on each token's share of a pathwise divergence.
+        views: coefficient of each view in the target; empty when no teacher is needed.
+        teachers: name of the teacher behind each view ("" when the run file did not say).
+        view_requests: what is asked of whom, per view; empty for support "full".
+        student_candidates: ids the sampler records per position, 0 for none.
+        k: ids per position and side, 0 without a top-k support.
+        horizon: later tokens credited to a token; None is the rest of the response.
+        temperature: of student and teacher alike.
+        sampling_temperature: at which the behaviour log-probabilities are taken.
+        needs_teacher, needs_reward, needs_behaviour: what a TokenBatch must carry.
+        warnings: what a user should know before starting.
+    """
+
+    divergence: Divergence
+    beta: float
+    support: Support
+    k: int
+    tail: Tail
+    estimator: Estimator
+    correction: Correction
+    horizon: int | None
+    discount: float
+    advantage_clip: float | None
+    temperature: float
+    sampling_temperature: float
+    tokens: TokenSettings
+    mix: Mix
+    distill_coefficient: float
+    reward_coefficient: float
+    advantage_std: bool
+    ratio_clip: float
+    route_reward: str
+    normalisation: Normalisation
+    views: Mapping[str, float]
+    teachers: Mapping[str, str]
+    view_requests: Mapping[str, tuple[str, Signal]]
+    student_candidates: int
+    needs_teacher: bool
+    needs_reward: bool
+    needs_behaviour: bool
+    preset: str | None = None
+    warnings: tuple[str, ...] = field(default=())
+    alpha: float = DEFAULT_ALPHA
+    score_weight: ScoreWeight = "exact"
+    entry_clip: float | None = None
+
+    @property
+    def in_process(self) -> bool:
+        """Whether student and teacher heads must sit in the trainer's process (support "full")."""
+        return self.needs_teacher and self.support == "full"
+
+    @property
+    def behaviour_comparable(self) -> bool:
+        """Whether behaviour log-probabilities are of the student's distribution that is trained."""
+        return self.temperature == self.sampling_temperature
