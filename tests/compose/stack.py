@@ -68,9 +68,9 @@ class Stack:
             return subprocess.CompletedProcess(whole, 124, "", "no end within 60 s")
 
     def queue(self, *command: str) -> str | None:
-        """An answer of the queue; None while it is away."""
+        """An answer of the queue; None while it is away or reads its file."""
         words = " ".join(f"'{word}'" for word in command)
-        shell = f"{PASSWORD} valkey-cli --no-auth-warning {words}"
+        shell = f"{PASSWORD} valkey-cli -e --no-auth-warning {words}"
         done = self.execute("queue", "sh", "-c", shell)
         return done.stdout.strip() if done.returncode == 0 else None
 
