@@ -42,6 +42,7 @@ class Figures:
     real_seconds: float
     mean_cores: float
     busiest_cores: float  # over five seconds
+    mean_load: float  # load average of the whole machine meanwhile
     latest_submission: float
 
 
@@ -64,7 +65,7 @@ def figures(day: Day) -> Figures:
         handed_back=day.outcomes["released"], second=day.outcomes["second"],
         fixed_replicas=fixed, fixed_hours=fixed * hours, peak_hours=max(counts) * hours,
         real_seconds=day.ended - day.began, mean_cores=day.cpu[-1][1] / day.cpu[-1][0] if cores else 0.0,
-        busiest_cores=cores, latest_submission=day.late,
+        busiest_cores=cores, mean_load=float(np.mean(day.busy)), latest_submission=day.late,
     )  # fmt: skip
 
 

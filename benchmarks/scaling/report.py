@@ -67,7 +67,8 @@ def print_day(day: Day, figures: Figures) -> None:
         f"wait for {f.fixed_hours:.0f} (computed), one of {f.most_ready} costs {f.peak_hours:.0f}",
         "drains": f"{f.handed_back} jobs handed back; {f.second} answers came second and were left out",
         "machine": f"{f.real_seconds:.0f} real s; {f.mean_cores:.2f} cores, {f.busiest_cores:.2f} in the "
-        f"busiest 5 s; submissions up to {f.latest_submission:.0f} simulated s late",
+        f"busiest 5 s; load average of the machine {f.mean_load:.1f}; submissions up to "
+        f"{f.latest_submission:.0f} simulated s late",
     }
     print(f"\n{TITLES[rule_name(day)]}")
     for name, text in lines.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import tempfile
 import time
 from collections import Counter
@@ -108,6 +109,7 @@ class Day:
     left: dict[str, int] = field(default_factory=dict)  # in the queue when everything was over
     late: float = 0.0  # longest that a submission came after its time, simulated seconds
     cpu: list[tuple[float, float]] = field(default_factory=list)  # real seconds, processor seconds so far
+    busy: list[float] = field(default_factory=list)  # load average of the machine, a look a second
     began: float = 0.0
     ended: float = 0.0
 
@@ -262,6 +264,7 @@ class Simulation:
     async def _watch_processors(self, fleet: Fleet, server: int) -> None:
         while True:
             used = time.process_time() + process_cpu_seconds(server) + fleet.cpu_seconds()
+            self._day.busy.append(os.getloadavg()[0])
             self._day.cpu.append((time.monotonic() - self._day.began, used))
             await asyncio.sleep(1.0)
 
