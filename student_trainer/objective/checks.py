@@ -126,18 +126,59 @@ def _teacher_name(view: str, weights: str, teachers: Sequence[str]) -> str:
 
 
 def check_views(row: ObjectiveSettings, divergence: Divergence, views: Mapping[str, float]) -> None:
-    """A log-linear target Σ c_v log q_v stays unnormalised only where its constant cancels."""
-    plain = len(views) == 1 and next(iter(views.values())) == 1
-    cancels = row.support == "sampled" and divergence == "kl_student_teacher" and row.horizon == 0
-    if plain or (cancels and row.mix != "multiply"):
+    """Whether the views make a target, on this support and for this estimator."""
+    _check_view_clips(row)
+    if list(views.values()) == [1.0]:
         return
     got = ", ".join(f"{view}: {coefficient}" for view, coefficient in views.items())
-    raise ObjectiveError(
-        f"objective.views: got {{{got}}}; more than one view, or a coefficient other than 1, needs no "
-        'normalisation only with divergence = "kl_student_teacher", support = "sampled", horizon = 0 and a '
-        "mix other than multiply. Otherwise exactly one view with coefficient 1 is allowed "
-        "(distill_coefficient scales the whole loss)"
-    )
+    target = row.target or "log_linear"
+    if target == "log_linear":
+        _check_log_linear(row, divergence, got)
+    elif min(views.values()) <= 0:
+        raise ObjectiveError(
+            f"objective.views: got coefficients {{{got}}} with target = {target!r}, allowed: above 0"
+        )
+    elif target == "mixture" and abs(sum(views.values()) - 1) > 1e-6:
+        raise ObjectiveError(
+            f'objective.views: got coefficients {{{got}}} with target = "mixture", allowed: a sum of 1'
+        )
+    if target != "losses" and len(views) > 1 and row.support in ("teacher_topk", "union"):
+        raise ObjectiveError(
+            f"objective.support: got {row.support!r} with target = {target!r}, which needs all views to "
+            'answer at the same ids; allowed: "sampled", "student_topk", "full", or target = "losses"'
+        )
+    if target == "losses" and row.mix == "multiply":
+        raise ObjectiveError(
+            'objective.target: got "losses" with mix = "multiply", which has one factor; allowed: "mixture"'
+        )
+
+
+def _check_view_clips(row: ObjectiveSettings) -> None:
+    for place, (name, view) in enumerate(row.views.items()):
+        log_linear = (row.target or "log_linear") == "log_linear"
+        if view.clip is not None and (place == 0 or not log_linear or row.support == "full"):
+            raise ObjectiveError(
+                f"objective.views.{name}.clip: set to {view.clip}, but it only acts on views after the "
+                'first, with target = "log_linear" and a support other than full'
+            )
+
+
+def _check_log_linear(row: ObjectiveSettings, divergence: Divergence, got: str) -> None:
+    """Σ c_v log q_v stays unnormalised only where its constant cancels."""
+    if row.support == "sampled":
+        if divergence == "kl_student_teacher" and row.horizon == 0 and row.mix != "multiply":
+            return
+        raise ObjectiveError(
+            f'objective.views: got {{{got}}} with target = "log_linear"; over sampled tokens it cannot be '
+            'normalised, and its constant only cancels with divergence = "kl_student_teacher", horizon = 0 '
+            "and a mix other than multiply. Otherwise allowed: one view with coefficient 1, target = "
+            '"mixture" or "losses", or estimator = "pathwise"'
+        )
+    if row.tail in ("raw", "stop_gradient", "stop_gradient_mean"):
+        raise ObjectiveError(
+            f'objective.tail: got {row.tail!r} with views {{{got}}} and target = "log_linear", which must be '
+            'normalised; allowed: "renormalise", "bucket", or support = "full"'
+        )
 
 
 def temperature_warnings(temperature: float, student_temperature: float) -> tuple[str, ...]:

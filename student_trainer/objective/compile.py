@@ -98,6 +98,8 @@ def compile_plan(
         alpha=alpha,
         score_weight=row.score_weight or "exact",
         entry_clip=row.entry_clip,
+        target=row.target or "log_linear",
+        view_clips={name: view.clip for name, view in row.views.items() if view.clip is not None},
     )
 
 

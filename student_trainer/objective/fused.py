@@ -2,8 +2,9 @@
 
 A chunk of rows is taken through the head, its loss and the gradient by its logits are computed, and the
 gradients of hidden states and head are accumulated at once, in the forward pass. The backward pass
-only scales them. Per chunk two [chunk, V] buffers at most are alive (one without a teacher head), beside the
-gradient of the head itself; four head-sized matrix products with a teacher head, three without.
+only scales them. Per chunk two [chunk, V] buffers are alive (one without a teacher head, three with several
+views), beside the gradient of the head itself; four head-sized matrix products with a teacher head, three
+without.
 
 Numbers: logits are float32 (float64 for float64 inputs); a head in another dtype is converted in tiles.
 Sums over the vocabulary are taken in tiles and added in float64, because one float32 sum over 152k terms
@@ -14,6 +15,7 @@ Shapes: N rows, R rows of a chunk, V vocabulary, H hidden, W columns of a tile.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -109,13 +111,25 @@ class DenseGradient:
 
 
 @dataclass(frozen=True)
+class TeacherPass:
+    """A view of support "full"."""
+
+    coefficient: float
+    head: HeadPass
+    hidden: Tensor  # [T, H']
+
+    def logits(self, index: Tensor, out: Tensor) -> None:
+        """Write the view's logits of the positions `index` into `out`, [R, V]."""
+        self.head.logits(self.hidden[index].to(self.head.dtype), out)
+
+
+@dataclass(frozen=True)
 class ChunkedLoss:
-    """A loss ready to run: rows, student head pass, and for support "full" the teacher's."""
+    """A loss ready to run: rows, student head pass, and for support "full" the teachers'."""
 
     rows: Rows
     student: HeadPass
-    teacher: HeadPass | None
-    teacher_hidden: Tensor | None
+    teachers: tuple[TeacherPass, ...]
     chunk_rows: int
     tile_columns: int
 
@@ -124,9 +138,8 @@ class ChunkedLoss:
         index, dtype = self.rows.index, self.student.dtype
         size = min(self.chunk_rows, max(len(index), 1))
         vocabulary = len(self.student.head.weight)
-        buffers = [
-            hidden.new_empty(size, vocabulary, dtype=dtype) for _ in range(1 if self.teacher is None else 2)
-        ]
+        needed = min(1 + len(self.teachers), 3)
+        buffers = [hidden.new_empty(size, vocabulary, dtype=dtype) for _ in range(needed)]
         loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
         finite = torch.ones((), dtype=torch.bool, device=hidden.device)
         for start in range(0, len(index), size):
@@ -136,7 +149,7 @@ class ChunkedLoss:
             self.student.logits(taken, views[0])
             normaliser = self._normaliser(views[0])
             finite &= torch.isfinite(normaliser).all()
-            if self.teacher is None:
+            if not self.teachers:
                 chunk = self._truncated_chunk(part, views[0], normaliser)
             else:
                 chunk = self._full_chunk(part, views, normaliser)
@@ -154,16 +167,51 @@ class ChunkedLoss:
         return loss
 
     def _full_chunk(self, part: slice, buffers: list[Tensor], normaliser: Tensor) -> Tensor:
-        assert self.teacher is not None
-        assert self.teacher_hidden is not None
-        logits, other = buffers
-        taken = self.teacher_hidden[self.rows.index[part]].to(self.teacher.dtype)
-        self.teacher.logits(taken, other)
-        value, total, bad = self._dense(logits, normaliser, other)
+        logits, other = buffers[:2]
+        if self.rows.plan.target == "losses" and len(self.teachers) > 1:
+            value, total, bad = self._dense_sum(part, buffers, normaliser)
+        else:
+            self._target_logits(part, buffers[1:])
+            value, total, bad = self._dense(logits, normaliser, other)
         loss, sparse, scale = self._row_losses(part, logits, normaliser, value, bad)
         assert scale is not None
         self._write_gradient(part, logits, normaliser, sparse, DenseGradient(other, total, scale, bad))
         return loss
+
+    def _target_logits(self, part: slice, buffers: list[Tensor]) -> None:
+        """Write the views' target, up to a constant of each row, into the first buffer."""
+        index, target = self.rows.index[part], buffers[0]
+        mixture = self.rows.plan.target == "mixture"
+        for place, view in enumerate(self.teachers):
+            out = buffers[min(place, 1)]
+            view.logits(index, out)
+            if mixture:
+                shift = self._normaliser(out) - math.log(view.coefficient)
+                out.sub_(shift.to(out.dtype)[:, None])
+            elif view.coefficient != 1:
+                out.mul_(view.coefficient)
+            if place and mixture:
+                torch.logaddexp(target, out, out=target)
+            elif place:
+                target += out
+
+    def _dense_sum(
+        self, part: slice, buffers: list[Tensor], normaliser: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Σ_v c_v of every view's `_dense`; ψ goes into the second buffer."""
+        logits, other, scratch = buffers
+        other.zero_()
+        value, total = torch.zeros_like(normaliser), torch.zeros_like(normaliser)
+        bad = torch.zeros_like(normaliser, dtype=torch.bool)
+        for view in self.teachers:
+            view.logits(self.rows.index[part], scratch)
+            own_value, own_total, own_bad = self._dense(logits, normaliser, scratch)
+            other.add_(scratch, alpha=view.coefficient)
+            value += view.coefficient * own_value
+            total += view.coefficient * own_total
+            bad |= own_bad
+        other.masked_fill_(bad[:, None], 0)
+        return value.masked_fill(bad, 0), total.masked_fill(bad, 0), bad
 
     def _dense(self, logits: Tensor, normaliser: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The full divergence per row and Σ_V ψ, f64 [R]; teacher logits in `other` become ψ.

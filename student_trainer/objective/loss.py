@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
 from student_trainer.objective.batch import Head, LossOutput, TokenBatch, ViewTensors
-from student_trainer.objective.fused import ChunkedLoss, FusedHeadLoss, HeadPass, NonFiniteStudentError
+from student_trainer.objective.fused import (
+    ChunkedLoss,
+    FusedHeadLoss,
+    HeadPass,
+    NonFiniteStudentError,
+    TeacherPass,
+)
 from student_trainer.objective.plan import Plan
-from student_trainer.objective.rows import Rows, select_rows
+from student_trainer.objective.rows import Rows
+from student_trainer.objective.selection import select_rows
 
 __all__ = ["Head", "LossOutput", "NonFiniteStudentError", "TokenBatch", "ViewTensors", "objective_loss"]
 
+T = TypeVar("T", Tensor, Head)
 CHUNK_ROWS = 256
 CPU_TILE_COLUMNS = 2_048  # a tile of 256 rows and its temporaries stay in the cache of a core
 GPU_TILE_COLUMNS = 32_768
@@ -26,8 +37,8 @@ def objective_loss(
     *,
     softcap: float | None = None,
     scale: float = 1.0,
-    teacher_hidden: Tensor | None = None,
-    teacher_head: Head | None = None,
+    teacher_hidden: Tensor | Mapping[str, Tensor] | None = None,
+    teacher_head: Head | Mapping[str, Head] | None = None,
     chunk_rows: int = CHUNK_ROWS,
     per_token: bool = False,
 ) -> LossOutput:
@@ -38,7 +49,8 @@ def objective_loss(
         head_weight, head_bias: [V, H], [V]; gradients are computed only where required.
         batch, plan: T positions, and what to do with them.
         softcap, scale: logits = softcap · tanh(scale · (h Wᵀ + b) / softcap), before the temperature.
-        teacher_hidden, teacher_head: [T, H'] and the teacher's head, for support "full" only.
+        teacher_hidden, teacher_head: [T, H'] and the teacher's head, for support "full" only; with
+            several views one of each per view, by name.
         chunk_rows: rows whose logits exist at a time.
         per_token: also return the per-token tensors.
 
@@ -47,16 +59,15 @@ def objective_loss(
         NonFiniteStudentError: the student has diverged. A loss that is not finite is never returned.
     """
     _check_shapes(hidden, head_weight, batch, chunk_rows)
-    _check_teacher(plan, hidden, head_weight, teacher_hidden, teacher_head)
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     rows = select_rows(batch, plan, len(head_weight))
     rows.traces = {} if per_token else None
+    teachers = _teachers(plan, hidden, head_weight, teacher_hidden, teacher_head)
     student = Head(head_weight.detach(), None if head_bias is None else head_bias.detach(), softcap, scale)
     job = ChunkedLoss(
         rows=rows,
         student=HeadPass(student, plan.temperature, dtype),
-        teacher=None if teacher_head is None else HeadPass(teacher_head, plan.temperature, dtype),
-        teacher_hidden=teacher_hidden,
+        teachers=teachers,
         chunk_rows=chunk_rows,
         tile_columns=CPU_TILE_COLUMNS if hidden.device.type == "cpu" else GPU_TILE_COLUMNS,
     )
@@ -74,23 +85,42 @@ def _check_shapes(hidden: Tensor, head_weight: Tensor, batch: TokenBatch, chunk_
         )
 
 
-def _check_teacher(
+def _teachers(
     plan: Plan,
     hidden: Tensor,
     head_weight: Tensor,
-    teacher_hidden: Tensor | None,
-    teacher_head: Head | None,
-) -> None:
-    given = teacher_hidden is not None and teacher_head is not None
-    if given != plan.in_process or (teacher_hidden is None) != (teacher_head is None):
-        raise ValueError('teacher_hidden and teacher_head: both with support "full", none otherwise')
-    if teacher_hidden is not None and teacher_head is not None:
-        if len(teacher_hidden) != len(hidden):
-            raise ValueError(f"teacher_hidden: got {len(teacher_hidden)} rows, allowed: {len(hidden)}")
-        if len(teacher_head.weight) != len(head_weight):
+    teacher_hidden: Tensor | Mapping[str, Tensor] | None,
+    teacher_head: Head | Mapping[str, Head] | None,
+) -> tuple[TeacherPass, ...]:
+    """The head pass of every view, in the plan's order; empty unless the support is "full"."""
+    views = list(plan.views) if plan.in_process else []
+    rows, heads = _by_view(views, teacher_hidden), _by_view(views, teacher_head)
+    if set(rows) != set(views) or set(heads) != set(views):
+        raise ValueError(
+            'teacher_hidden and teacher_head: both, for each view, with support "full", none otherwise; got '
+            f"{sorted(rows)} and {sorted(heads)}, views in process: {views}"
+        )
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    passes = []
+    for name in views:
+        if len(rows[name]) != len(hidden):
+            raise ValueError(f"teacher_hidden: got {len(rows[name])} rows, allowed: {len(hidden)}")
+        if len(heads[name].weight) != len(head_weight):
             raise ValueError(
-                f"teacher_head: got a vocabulary of {len(teacher_head.weight)}, allowed: {len(head_weight)}"
+                f"teacher_head: got a vocabulary of {len(heads[name].weight)}, allowed: {len(head_weight)}"
             )
+        passes.append(
+            TeacherPass(plan.views[name], HeadPass(heads[name], plan.temperature, dtype), rows[name])
+        )
+    return tuple(passes)
+
+
+def _by_view(views: list[str], given: T | Mapping[str, T] | None) -> Mapping[str, T]:
+    if given is None:
+        return {}
+    if isinstance(given, Mapping):
+        return given
+    return {views[0] if len(views) == 1 else "unnamed": given}
 
 
 def _metrics(rows: Rows) -> dict[str, float]:

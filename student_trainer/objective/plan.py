@@ -16,6 +16,7 @@ from student_trainer.objective.settings import (
     ScoreWeight,
     Support,
     Tail,
+    Target,
     TokenSettings,
 )
 
@@ -35,6 +36,8 @@ class Plan:
         score_weight: "exact" is w_f; "stopped" is −f(u), another direction but for KL(p‖q).
         entry_clip: bound on each token's share of a pathwise divergence.
         views: coefficient of each view in the target; empty when no teacher is needed.
+        target: how several views make one target, or each a loss of its own.
+        view_clips: bound on the distance between a view and the first one, in nats, where there is one.
         teachers: name of the teacher behind each view ("" when the run file did not say).
         view_requests: what is asked of whom, per view; empty for support "full".
         student_candidates: ids the sampler records per position, 0 for none.
@@ -78,6 +81,13 @@ class Plan:
     alpha: float = DEFAULT_ALPHA
     score_weight: ScoreWeight = "exact"
     entry_clip: float | None = None
+    target: Target = "log_linear"
+    view_clips: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def plain_view(self) -> bool:
+        """Whether the target is just what the only view answers."""
+        return list(self.views.values()) == [1.0]
 
     @property
     def in_process(self) -> bool:

@@ -20,6 +20,7 @@ Divergence: TypeAlias = Literal[
 Support: TypeAlias = Literal["sampled", "teacher_topk", "student_topk", "union", "full"]
 Tail: TypeAlias = Literal["raw", "stop_gradient", "stop_gradient_mean", "renormalise", "bucket"]
 Estimator: TypeAlias = Literal["pathwise", "score_function"]
+Target: TypeAlias = Literal["log_linear", "mixture", "losses"]
 ScoreWeight: TypeAlias = Literal["exact", "stopped"]
 Mix: TypeAlias = Literal["replace", "add", "multiply", "route"]
 Normalisation: TypeAlias = Literal["token_mean", "sequence_mean"]
@@ -35,13 +36,18 @@ class _Settings(BaseModel):
 
 
 class ViewSettings(_Settings):
-    """Whose log-probabilities: weights × context, and how they enter Σ_v c_v · log q_v."""
+    """Whose log-probabilities: weights × context, and how they enter the target."""
 
     weights: str = Field(
         "teacher", description='"teacher:NAME", or "teacher" where the run has exactly one teacher'
     )
     context: Literal["same"] = Field("same", description="the student's own prompt")
-    coefficient: FiniteFloat = Field(1.0, description="c_v of the log-linear target")
+    coefficient: FiniteFloat = Field(1.0, description="c_v of the target")
+    clip: Annotated[FiniteFloat, Field(gt=0)] | None = Field(
+        None,
+        description="log_linear, any view but the first: its distance from the first view's "
+        "log-probability enters within ± clip, in nats",
+    )
 
 
 class NoCorrection(_Settings):
@@ -90,6 +96,11 @@ class ObjectiveSettings(_Settings):
     preset: str | None = Field(None, description="name of a published method")
     views: dict[str, ViewSettings] = Field(
         default_factory=dict, description='empty: one view called "teacher" of the run\'s only teacher'
+    )
+    target: Target | None = Field(
+        None,
+        description="of several views: Σ c_v log q_v, normalised where it must be (log_linear, the "
+        "default), log Σ c_v q_v (mixture), or Σ c_v of every view's own loss (losses)",
     )
     divergence: Divergence = Field(
         "kl_student_teacher", description="what is minimised, argument order spelled out"

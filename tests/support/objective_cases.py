@@ -77,7 +77,52 @@ def pathwise_rows() -> list[dict[str, Any]]:
     return [{"estimator": "pathwise", **row} for row in (*truncated, *others, *full, *clipped, *mixed)]
 
 
-ROWS = sampled_rows() + pathwise_rows()
+def view_rows() -> list[dict[str, Any]]:
+    """Targets of several views."""
+
+    def views(*coefficients: float, clip: float | None = None) -> dict[str, Any]:
+        return {
+            name: {
+                "weights": f"teacher:{name}",
+                "coefficient": c,
+                **({"clip": clip} if clip and name != "a" else {}),
+            }
+            for name, c in zip("abc", coefficients, strict=False)
+        }
+
+    far: dict[str, Any] = {"views": views(1.25, -0.4, 0.3)}
+    mixed: dict[str, Any] = {"views": views(0.3, 0.5, 0.2), "target": "mixture"}
+    each: dict[str, Any] = {"views": views(1.0, 0.5, 2.0), "target": "losses"}
+    clipped: dict[str, Any] = {"views": views(0.0, 1.0, clip=0.7)}
+    sampled = [
+        {**far, "correction": PPO},
+        clipped,
+        *({**row, **target} for row in BASIC for target in (mixed, each)),
+    ]
+    pathwise = [
+        {**row, **far, "support": "student_topk", "tail": tail}
+        for row in BASIC
+        for tail in ("renormalise", "bucket")
+    ]
+    pathwise += [
+        {**row, **mixed, "support": "student_topk", "tail": tail}
+        for row, tail in zip([*BASIC, BASIC[0]], TAILS, strict=True)
+    ]
+    pathwise += [
+        {**row, **each, "support": SUPPORTS[i % 3], "tail": TAILS[i % 5]} for i, row in enumerate(DIVERGENCES)
+    ]
+    pathwise += [{**row, **target, "support": "full"} for row in BASIC for target in (far, mixed, each)]
+    pathwise += [
+        {**clipped, "support": "student_topk", "tail": "bucket"},
+        {"views": views(0.8), "support": "teacher_topk", "tail": "bucket"},
+        {"views": views(0.8), "support": "full", "entry_clip": 0.1, "correction": CAPPED},
+        {**each, "support": "full", "mix": "route"},
+        {**each, "support": "union", "tail": "bucket", "mix": "add"},
+    ]
+    return [*sampled, *({"estimator": "pathwise", **row} for row in pathwise)]
+
+
+ROWS = sampled_rows() + pathwise_rows() + view_rows()
 
 
 FIXED = {
@@ -97,8 +142,8 @@ class Case:
     softcap: float | None
     scale: float
     batch: TokenBatch
-    teacher_hidden: Tensor | None
-    teacher_head: Head | None
+    teacher_hidden: dict[str, Tensor]
+    teacher_head: dict[str, Head]
     chunk_rows: int
     tile_columns: int
 
@@ -111,8 +156,8 @@ class Case:
                 self.plan,
                 softcap=self.softcap,
                 scale=self.scale,
-                teacher_hidden=self.teacher_hidden,
-                teacher_head=self.teacher_head,
+                teacher_hidden=self.teacher_hidden or None,
+                teacher_head=self.teacher_head or None,
                 chunk_rows=self.chunk_rows,
             )
         (1.7 * out.loss).backward()
@@ -122,12 +167,13 @@ class Case:
         leaves = self.leaves()
         hidden, weight, bias = leaves
         log_p = head_logprobs(Head(weight, bias, self.softcap, self.scale), hidden, self.plan.temperature)
-        log_q = None
-        if self.teacher_hidden is not None and self.teacher_head is not None:
-            log_q = head_logprobs(self.teacher_head, self.teacher_hidden, self.plan.temperature)
+        log_q = {
+            name: head_logprobs(self.teacher_head[name], rows, self.plan.temperature)
+            for name, rows in self.teacher_hidden.items()
+        }
         rows = [
             self.batch.weight[t]
-            * plain_row(self.plan, self.batch, t, log_p[t], None if log_q is None else log_q[t])
+            * plain_row(self.plan, self.batch, t, log_p[t], {n: q[t] for n, q in log_q.items()} or None)
             for t in range(len(hidden))
             if self.batch.mask[t]
         ]
@@ -152,7 +198,9 @@ def head_logprobs(head: Head, hidden: Tensor, temperature: float) -> Tensor:
     return (logits / temperature).log_softmax(-1)
 
 
-def plain_row(plan: Plan, batch: TokenBatch, t: int, log_p: Tensor, log_q: Tensor | None) -> Tensor:
+def plain_row(
+    plan: Plan, batch: TokenBatch, t: int, log_p: Tensor, log_q: dict[str, Tensor] | None
+) -> Tensor:
     y = batch.sampled_ids[t]
     log_ratio = log_p[y] - batch.behaviour_logprobs[t]
     reward = batch.reward_advantage[t] if plan.needs_reward and batch.reward_advantage is not None else None
@@ -161,9 +209,10 @@ def plain_row(plan: Plan, batch: TokenBatch, t: int, log_p: Tensor, log_q: Tenso
     paid = 0.0 if reward is None else plan.reward_coefficient * reward
     if plan.estimator == "score_function":
         advantage = paid
-        if distill:
-            u = (batch.views["teacher"].sampled[t] - batch.behaviour_logprobs[t]).exp()  # type: ignore[index]
-            advantage = advantage + distill * sampled_advantage(plan, u)
+        scored = [batch.views[name].sampled[t] for name in plan.views]  # type: ignore[index]
+        for factor, log_q_y in weighed(plan, scored) if distill else []:
+            u = (log_q_y - batch.behaviour_logprobs[t]).exp()
+            advantage = advantage + distill * factor * sampled_advantage(plan, u)
         return plain_surrogate(plan, log_p[y], log_ratio, advantage)
     value = torch.zeros_like(log_p[y])
     if distill:
@@ -205,19 +254,59 @@ def plain_surrogate(plan: Plan, log_p: Tensor, log_ratio: Tensor, advantage: Any
     return torch.minimum(clipped, -1.5 * torch.as_tensor(advantage)) if advantage < 0 else clipped
 
 
-def plain_divergence(plan: Plan, batch: TokenBatch, t: int, log_p: Tensor, log_q: Tensor | None) -> Tensor:
+def weighed(plan: Plan, logprobs: list[Tensor]) -> list[tuple[float, Tensor]]:
+    """(factor, target) of every loss; a log-linear target is left as it is, without its constant."""
+    coefficients = list(plan.views.values())
+    if plan.target == "losses":
+        return list(zip(coefficients, logprobs, strict=True))
+    if plan.target == "mixture":
+        total = sum(c * q.exp() for c, q in zip(coefficients, logprobs, strict=True))
+        return [(1.0, torch.as_tensor(total).log())]
+    clips = [plan.view_clips.get(name, math.inf) for name in plan.views]
+    apart = [(q - logprobs[0]).clamp(-c, c) for q, c in zip(logprobs, clips, strict=True)]
+    total = sum(c * x for c, x in zip(coefficients, apart, strict=True))
+    return [(1.0, sum(coefficients) * logprobs[0] + total)]
+
+
+def plain_divergence(
+    plan: Plan, batch: TokenBatch, t: int, log_p: Tensor, log_q: dict[str, Tensor] | None
+) -> Tensor:
     if log_q is not None:
-        return clipped_share(plan, log_p, log_q).sum()
-    view = batch.views["teacher"]
-    keep = view.support_ids[t] >= 0  # type: ignore[index]
-    s, q = log_p[view.support_ids[t][keep]], view.support_logprobs[t][keep]  # type: ignore[index]
-    if plan.tail == "renormalise":
-        s, q = s.log_softmax(-1), q.log_softmax(-1)
-    if plan.tail == "bucket":
-        s, q = (
-            torch.cat([x, torch.log(-torch.expm1(x.logsumexp(-1, keepdim=True).clamp(max=-1e-7)))])
-            for x in (s, q)
+        return sum(
+            (
+                c * clipped_share(plan, log_p, q.log_softmax(-1)).sum()
+                for c, q in weighed(plan, [*log_q.values()])
+            ),
+            torch.zeros_like(log_p[0]),
         )
+    scored = []
+    for name in plan.views:
+        view = batch.views[name]
+        keep = view.support_ids[t] >= 0  # type: ignore[index]
+        scored.append((view.support_ids[t][keep], view.support_logprobs[t][keep]))  # type: ignore[index]
+    value = torch.zeros_like(log_p[0])
+    if plan.target == "losses":
+        for c, (ids, q) in zip(plan.views.values(), scored, strict=True):
+            value = value + c * plain_truncated(plan, log_p[ids], in_tail(plan, q))
+        return value
+    combine_first = plan.target == "mixture" or plan.plain_view
+    answers = [q if combine_first else in_tail(plan, q) for _, q in scored]
+    ((_, target),) = weighed(plan, answers)
+    target = in_tail(plan, target) if combine_first else target.log_softmax(-1)
+    return plain_truncated(plan, log_p[scored[0][0]], target)
+
+
+def in_tail(plan: Plan, x: Tensor) -> Tensor:
+    if plan.tail == "renormalise":
+        return x.log_softmax(-1)
+    if plan.tail == "bucket":
+        return torch.cat([x, torch.log(-torch.expm1(x.logsumexp(-1, keepdim=True).clamp(max=-1e-7)))])
+    return x
+
+
+def plain_truncated(plan: Plan, s: Tensor, q: Tensor) -> Tensor:
+    """The divergence between log p at the support and a target that is already as the tail wants it."""
+    s = in_tail(plan, s)
     value = clipped_share(plan, s, q).sum()
     if plan.tail in ("stop_gradient", "stop_gradient_mean"):
         if plan.divergence == "kl_student_teacher":
@@ -250,10 +339,15 @@ def make_case(seed: int, row: dict[str, Any], shape: dict[str, Any]) -> Case:
     )
     weight, hidden = normal(vocabulary, hidden_size), normal(rows, hidden_size)
     bias = normal(vocabulary) if shape["bias"] else None
-    teacher_logprobs = normal(rows, vocabulary).log_softmax(-1)
-    ids = torch.stack([torch.randperm(vocabulary, generator=generator)[:k] for _ in range(rows)])
-    pads = torch.rand(rows, k, generator=generator) < 0.3
-    pads[:, 0] = False
+    names = list(plan.views) or ["teacher"]
+    teachers = {name: normal(rows, vocabulary).log_softmax(-1) for name in names}
+    ids, pads = {}, {}
+    for name in names:
+        if name == names[0] or plan.target == "losses":
+            drawn = torch.stack([torch.randperm(vocabulary, generator=generator)[:k] for _ in range(rows)])
+            padded = torch.rand(rows, k, generator=generator) < 0.3
+            padded[:, 0] = False
+        ids[name], pads[name] = drawn, padded
     sampled = torch.randint(vocabulary, (rows,), generator=generator)
     own = head_logprobs(Head(weight, bias, shape["softcap"], shape["scale"]), hidden, plan.temperature)
     reward = torch.where(torch.rand(rows, generator=generator) < 0.4, 0, normal(rows))
@@ -263,17 +357,16 @@ def make_case(seed: int, row: dict[str, Any], shape: dict[str, Any]) -> Case:
         mask=torch.rand(rows, generator=generator) < shape["kept"],
         weight=torch.rand(rows, generator=generator, dtype=torch.float64),
         views={
-            "teacher": ViewTensors(
-                sampled=teacher_logprobs.gather(1, sampled[:, None])[:, 0],
-                support_ids=ids.masked_fill(pads, -1),
-                support_logprobs=teacher_logprobs.gather(1, ids).masked_fill(pads, math.nan),
+            name: ViewTensors(
+                sampled=log_q.gather(1, sampled[:, None])[:, 0],
+                support_ids=ids[name].masked_fill(pads[name], -1),
+                support_logprobs=log_q.gather(1, ids[name]).masked_fill(pads[name], math.nan),
             )
+            for name, log_q in teachers.items()
         },
         reward_advantage=reward,
     )
-    teacher = (
-        Head(normal(vocabulary, 3), None, 4.0 if shape["softcap"] else None) if plan.in_process else None
-    )
+    in_process = names if plan.in_process else []
     return Case(
         plan=plan,
         hidden=hidden,
@@ -282,8 +375,10 @@ def make_case(seed: int, row: dict[str, Any], shape: dict[str, Any]) -> Case:
         softcap=shape["softcap"],
         scale=shape["scale"],
         batch=batch,
-        teacher_hidden=normal(rows, 3) if plan.in_process else None,
-        teacher_head=teacher,
+        teacher_hidden={name: normal(rows, 3) for name in in_process},
+        teacher_head={
+            name: Head(normal(vocabulary, 3), None, 4.0 if shape["softcap"] else None) for name in in_process
+        },
         chunk_rows=shape["chunk"],
         tile_columns=shape["tile"],
     )
@@ -308,11 +403,12 @@ def to_device(case: Case, device: str) -> Case:
 
 def to_dtype(case: Case, dtype: torch.dtype) -> Case:
     """Hidden states and heads in `dtype`."""
-    cast = {
-        n: None if (x := getattr(case, n)) is None else x.to(dtype)
-        for n in ("hidden", "weight", "bias", "teacher_hidden")
-    }
-    head = case.teacher_head
+    cast = {n: None if (x := getattr(case, n)) is None else x.to(dtype) for n in ("hidden", "weight", "bias")}
     return replace(
-        case, **cast, teacher_head=None if head is None else replace(head, weight=head.weight.to(dtype))
+        case,
+        **cast,
+        teacher_hidden={name: rows.to(dtype) for name, rows in case.teacher_hidden.items()},
+        teacher_head={
+            name: replace(head, weight=head.weight.to(dtype)) for name, head in case.teacher_head.items()
+        },
     )

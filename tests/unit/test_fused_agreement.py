@@ -49,7 +49,9 @@ def assert_agreement(case: Case) -> None:
         torch.testing.assert_close(gradient, wanted, rtol=1e-8, atol=1e-11)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(str(x) for x in row.values()))
+@pytest.mark.parametrize(
+    "row", ROWS, ids=lambda row: "-".join(str(x) for k, x in row.items() if k != "views")
+)
 def test_every_combination_agrees_with_plain_autograd(row: dict[str, Any]) -> None:
     assert_agreement(make_case(1, row, FIXED))
 

@@ -35,7 +35,7 @@ def token_logprobs(table: Tensor, sequence: tuple[int, ...]) -> Tensor:
     return table.log_softmax(-1)[rows, list(sequence)]
 
 
-def estimated_gradient(plan: Plan, table: Tensor, teacher: Tensor) -> Tensor:
+def estimated_gradient(plan: Plan, table: Tensor, *teachers: Tensor) -> Tensor:
     leaf = table.clone().requires_grad_()
     rows = [PREFIXES.index(s[:t]) for s in SEQUENCES for t in range(len(s))]
     lengths = torch.tensor([len(s) for s in SEQUENCES])
@@ -46,7 +46,10 @@ def estimated_gradient(plan: Plan, table: Tensor, teacher: Tensor) -> Tensor:
         behaviour_logprobs=log_p,
         mask=torch.ones(len(rows), dtype=torch.bool),
         weight=torch.repeat_interleave(chance, lengths),
-        views={"teacher": ViewTensors(sampled=torch.cat([token_logprobs(teacher, s) for s in SEQUENCES]))},
+        views={
+            name: ViewTensors(sampled=torch.cat([token_logprobs(teacher, s) for s in SEQUENCES]))
+            for name, teacher in zip(plan.views, teachers, strict=True)
+        },
         sequence_lengths=lengths,
     )
     head = torch.eye(WORDS, dtype=torch.float64)
@@ -114,3 +117,26 @@ def test_horizon_credits_later_tokens_with_discount(
     plan = make_plan(**row, horizon=horizon, discount=discount)
     expected = exact_with_horizon(table, teacher, row, reach=reach, discount=discount)
     torch.testing.assert_close(estimated_gradient(plan, table, teacher), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("target", ["mixture", "losses"])
+@pytest.mark.parametrize("row", [DIVERGENCES[0], DIVERGENCES[2], DIVERGENCES[5]], ids=label)
+def test_horizon_of_several_views(row: dict[str, Any], target: str) -> None:
+    """A mixture is a teacher like any other; losses add up."""
+    table, first = tables()
+    second = random_logits(len(PREFIXES), 72, WORDS)
+    weights = (0.3, 0.7)
+    views = {
+        name: {"weights": f"teacher:{name}", "coefficient": c} for name, c in zip("ab", weights, strict=True)
+    }
+    plan = make_plan(**row, horizon=1, discount=0.6, target=target, views=views)
+    if target == "mixture":
+        both = (weights[0] * first.softmax(-1) + weights[1] * second.softmax(-1)).log()
+        expected = exact_with_horizon(table, both, row, reach=1, discount=0.6)
+    else:
+        expected = sum(
+            c * exact_with_horizon(table, teacher, row, reach=1, discount=0.6)
+            for c, teacher in zip(weights, (first, second), strict=True)
+        )
+    gradient = estimated_gradient(plan, table, first, second)
+    torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)

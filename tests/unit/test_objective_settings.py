@@ -185,19 +185,63 @@ def test_log_linear_target_is_allowed_where_its_constant_cancels() -> None:
     assert {name for name, _ in plan.view_requests.values()} == {"big", "reference"}
 
 
+TOP_K = {"estimator": "pathwise", "support": "student_topk", "tail": "bucket"}
+BOTH = {"expert": {"weights": "teacher:big"}, "base": {"weights": "teacher:reference"}}
+
+
+def weighed(first: float, second: float, **more: Any) -> dict[str, Any]:
+    return {
+        "expert": {"weights": "teacher:big", "coefficient": first},
+        "base": {"weights": "teacher:reference", "coefficient": second, **more},
+    }
+
+
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "message"),
     [
-        {"horizon": 1},
-        {"divergence": "kl_teacher_student"},
-        {"divergence": "jsd"},
-        {"estimator": "pathwise", "support": "teacher_topk"},
-        {"mix": "multiply"},
+        ({"horizon": 1}, "objective.views: got .*constant only cancels"),
+        ({"divergence": "kl_teacher_student"}, "objective.views: got .*constant only cancels"),
+        ({"divergence": "jsd"}, "objective.views: got .*constant only cancels"),
+        ({"mix": "multiply"}, "objective.views: got .*constant only cancels"),
+        ({**TOP_K, "tail": "stop_gradient"}, "objective.tail: got 'stop_gradient'.*must be normalised"),
+        ({**TOP_K, "support": "teacher_topk"}, "objective.support: got 'teacher_topk'.*same ids"),
+        ({"target": "mixture"}, r"coefficients \{expert: 1.25, base: -0.25\}.*above 0"),
+        ({"target": "losses", "views": weighed(1, 0)}, "allowed: above 0"),
+        ({"target": "mixture", "views": BOTH}, "allowed: a sum of 1"),
+        (
+            {**TOP_K, "support": "union", "target": "mixture", "views": weighed(0.5, 0.5)},
+            "objective.support: got 'union'",
+        ),
+        ({"target": "losses", "views": BOTH, "mix": "multiply"}, "objective.target"),
+        ({"views": {"one": {"weights": "teacher:big"}}, "target": "mixture"}, "objective.target: set to"),
+        ({"target": "mixture", "views": weighed(0.5, 0.5, clip=1.0)}, "objective.views.base.clip"),
+        ({"views": {"one": {"weights": "teacher:big", "clip": 1.0}}}, "objective.views.one.clip"),
     ],
 )
-def test_log_linear_target_is_refused_elsewhere(settings: dict[str, Any]) -> None:
-    with pytest.raises(ObjectiveError, match="exactly one view with coefficient 1"):
-        plan_of(views=TWO_VIEWS, teachers=("big", "reference"), **settings)
+def test_targets_of_several_views_are_refused_where_they_mean_nothing(
+    settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ObjectiveError, match=message):
+        plan_of(**{"views": TWO_VIEWS, **settings}, teachers=("big", "reference"))
+
+
+def test_several_views_compile_to_one_request_each() -> None:
+    rows: list[tuple[dict[str, Any], Signal]] = [
+        (TOP_K, Signal(candidates=True)),
+        ({**TOP_K, "target": "mixture", "views": weighed(0.5, 0.5), "tail": "raw"}, Signal(candidates=True)),
+        (
+            {**TOP_K, "target": "losses", "views": weighed(1, 2), "support": "teacher_topk", "k": 5},
+            Signal(top_k=5),
+        ),
+        ({"target": "mixture", "views": weighed(0.5, 0.5), "divergence": "jsd", "horizon": 3}, Signal()),
+        ({"target": "losses", "views": weighed(1, 2), "divergence": "kl_teacher_student"}, Signal()),
+        ({"views": weighed(0, 1, clip=2.0)}, Signal()),
+    ]
+    for row, signal in rows:
+        plan = plan_of(**{"views": TWO_VIEWS, **row}, teachers=("big", "reference"))
+        assert plan.view_requests == {"expert": ("big", signal), "base": ("reference", signal)}
+    alone = plan_of(**TOP_K, views={"one": {"weights": "teacher:big", "coefficient": 0.8}})
+    assert dict(alone.views) == {"one": 0.8}
 
 
 def test_limits_of_a_teacher_are_checked_before_the_first_score() -> None:

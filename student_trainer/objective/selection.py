@@ -1,0 +1,200 @@
+"""From a TokenBatch to the rows that are trained on: checked, filtered, with their advantages.
+
+Shapes: T positions of the batch, N rows kept, K support ids.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from student_trainer.objective.batch import PAD_ID, TokenBatch, ViewTensors
+from student_trainer.objective.divergences import FDivergence, f_divergence
+from student_trainer.objective.estimators import discounted_future, future_reward, own_advantage
+from student_trainer.objective.mix import mixed_advantage, rewarded
+from student_trainer.objective.plan import TRUNCATED, Plan
+from student_trainer.objective.rows import Rows, SupportTerm
+from student_trainer.objective.support import check_distinct, check_ids
+from student_trainer.objective.targets import (
+    check_common_ids,
+    monitored_target,
+    sampled_targets,
+    support_target,
+)
+from student_trainer.objective.weights import entropy_gate
+
+
+def select_rows(batch: TokenBatch, plan: Plan, vocabulary: int) -> Rows:
+    """Check a batch against its plan and keep the positions that can be trained on.
+
+    A position where a number that the plan needs is not finite is dropped and counted; it is never
+    trained on.
+
+    Raises:
+        ValueError: a field is missing, has the wrong shape, or holds an id outside the vocabulary.
+    """
+    _check(batch, plan)
+    keep, counts = batch.mask.clone(), {}
+    for name in plan.views:
+        gate = entropy_gate(plan.tokens, batch.views[name]) if name in batch.views else None
+        keep = keep if gate is None else keep & gate
+    reward = (
+        batch.reward_advantage.double() if plan.needs_reward and batch.reward_advantage is not None else None
+    )
+    distilled = torch.full_like(keep, plan.needs_teacher)
+    usable = {"dropped_behaviour": torch.isfinite(batch.behaviour_logprobs) | (not plan.needs_behaviour)}
+    if reward is not None:
+        usable["dropped_reward"] = torch.isfinite(reward)
+        reward = torch.nan_to_num(reward, 0.0, 0.0, 0.0)
+        if plan.mix == "route":
+            distilled &= ~rewarded(plan, reward)
+    usable["dropped_teacher"] = ~distilled | _teacher_usable(batch, plan)
+    for name, good in usable.items():
+        counts[name] = (keep & ~good).sum().to(torch.float64)
+        keep = keep & good
+    behaviour = torch.nan_to_num(batch.behaviour_logprobs.double(), 0.0, 0.0, 0.0)
+    index = keep.nonzero().squeeze(1)
+    advantage = _advantage(batch, plan, behaviour, reward)
+    pathwise = plan.needs_teacher and plan.estimator == "pathwise"
+    supports, terms = _terms(batch, plan, index, distilled[index]) if pathwise else ([], [])
+    sampled_ids = batch.sampled_ids[index, None]
+    check_ids("batch.sampled_ids", sampled_ids[:, 0], vocabulary)
+    for ids in supports:
+        check_ids("batch.views support_ids", ids, vocabulary)
+    target = monitored_target(plan, batch)
+    return Rows(
+        plan=plan,
+        divergence=f_divergence(plan.divergence, plan.beta, plan.alpha),
+        index=index,
+        weight=batch.weight.double()[index],
+        gather_ids=torch.cat([sampled_ids, *supports], dim=1).clamp(min=0),
+        behaviour=behaviour[index] if plan.needs_behaviour else None,
+        advantage=None if advantage is None else advantage[index],
+        distill_scale=plan.distill_coefficient * distilled[index].double() if pathwise else None,
+        terms=terms,
+        teacher_sampled=None if target is None else target[index],
+        sums=counts,
+    )
+
+
+def _check(batch: TokenBatch, plan: Plan) -> None:
+    positions = len(batch.sampled_ids)
+    for name in ("behaviour_logprobs", "mask", "weight", "reward_advantage"):
+        tensor = getattr(batch, name)
+        if tensor is not None and tensor.shape != (positions,):
+            raise ValueError(f"batch.{name}: got shape {tuple(tensor.shape)}, allowed: ({positions},)")
+    if not bool(torch.isfinite(batch.weight).all()):
+        raise ValueError("batch.weight: got a weight that is not finite")
+    if plan.needs_reward and batch.reward_advantage is None:
+        raise ValueError("batch.reward_advantage: missing, and the plan mixes in a reward")
+    for name in plan.view_requests:
+        view = batch.views.get(name)
+        if view is None:
+            raise ValueError(f"batch.views: {name!r} is missing, got {sorted(batch.views)}")
+        if plan.support == "sampled" and view.sampled is None:
+            raise ValueError(f"batch.views[{name!r}].sampled: missing")
+        if plan.support in TRUNCATED:
+            _check_support(name, view, positions)
+    if plan.needs_teacher and plan.support in TRUNCATED:
+        check_common_ids(plan, batch)
+    if plan.horizon != 0 and plan.needs_teacher:
+        total = None if batch.sequence_lengths is None else int(batch.sequence_lengths.sum())
+        if total != positions:
+            raise ValueError(f"batch.sequence_lengths: sums to {total}, allowed: {positions}")
+
+
+def _check_support(name: str, view: ViewTensors, positions: int) -> None:
+    ids, logprobs = view.support_ids, view.support_logprobs
+    if ids is None or logprobs is None:
+        raise ValueError(f"batch.views[{name!r}]: support_ids and support_logprobs are needed")
+    if ids.shape != logprobs.shape or ids.dim() != 2 or len(ids) != positions:
+        raise ValueError(
+            f"batch.views[{name!r}]: support_ids {tuple(ids.shape)} and support_logprobs "
+            f"{tuple(logprobs.shape)} must both be ({positions}, K)"
+        )
+    check_distinct(f"batch.views[{name!r}].support_ids", ids)
+
+
+def _teacher_usable(batch: TokenBatch, plan: Plan) -> Tensor:
+    """bool [T]: everything the plan needs of every view is finite."""
+    usable = torch.ones_like(batch.mask)
+    for name in plan.view_requests:
+        view = batch.views[name]
+        if plan.support == "sampled":
+            assert view.sampled is not None
+            usable = usable & torch.isfinite(view.sampled)
+        else:
+            assert view.support_ids is not None
+            assert view.support_logprobs is not None
+            pad = view.support_ids == PAD_ID
+            usable = usable & (torch.isfinite(view.support_logprobs) | pad).all(dim=1) & ~pad.all(dim=1)
+    return usable
+
+
+def _advantage(batch: TokenBatch, plan: Plan, behaviour: Tensor, reward: Tensor | None) -> Tensor | None:
+    """The sampled token's advantage, f64 [T]; None where nothing uses the score function."""
+    if not plan.needs_teacher or plan.estimator == "pathwise":
+        return None if reward is None else mixed_advantage(plan, None, reward, None)
+    distill = torch.zeros_like(behaviour)
+    row = f_divergence(plan.divergence, plan.beta, plan.alpha)
+    for factor, target in sampled_targets(plan, batch):
+        known = batch.mask & torch.isfinite(target) & torch.isfinite(batch.behaviour_logprobs)
+        log_u = torch.where(known, target - behaviour, 0)
+        if plan.mix == "multiply":
+            return mixed_advantage(plan, None, reward, log_u)
+        distill = distill + factor * _distilled_advantage(batch, plan, row, log_u)
+    return mixed_advantage(plan, distill, reward, None)
+
+
+def _distilled_advantage(batch: TokenBatch, plan: Plan, row: FDivergence, log_u: Tensor) -> Tensor:
+    own = _bounded(plan, own_advantage(row, log_u, stopped=plan.score_weight == "stopped"))
+    if plan.horizon == 0:
+        return own
+    assert batch.sequence_lengths is not None
+    later = _bounded(plan, future_reward(row, log_u))
+    return own + discounted_future(
+        later, batch.sequence_lengths, horizon=plan.horizon, discount=plan.discount
+    )
+
+
+def _bounded(plan: Plan, values: Tensor) -> Tensor:
+    bound = plan.advantage_clip
+    return values if bound is None else values.clamp(-bound, bound)
+
+
+def _terms(
+    batch: TokenBatch, plan: Plan, index: Tensor, distilled: Tensor
+) -> tuple[list[Tensor], list[SupportTerm]]:
+    """Support ids int64 [N, K] and the divergence over them: one, or one for every view."""
+    if plan.support == "full":
+        return [], []
+    supports: list[Tensor] = []
+    scored: list[tuple[Tensor, Tensor]] = []
+    for name in plan.views:
+        ids, present, logprobs = _support(batch.views[name], index, distilled)
+        supports.append(ids)
+        scored.append((present, logprobs))
+    if plan.target != "losses":
+        present = scored[0][0]
+        target = support_target(plan, [logprobs for _, logprobs in scored], present)
+        return supports[:1], [SupportTerm(1.0, slice(0, supports[0].shape[1]), present, target)]
+    terms, start = [], 0
+    for coefficient, (present, logprobs) in zip(plan.views.values(), scored, strict=True):
+        columns = slice(start, start + present.shape[1])
+        terms.append(SupportTerm(coefficient, columns, present, logprobs))
+        start = columns.stop
+    return supports, terms
+
+
+def _support(view: ViewTensors, index: Tensor, distilled: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Support ids int64 [N, K], which are present, and the teacher's log-probabilities f64 [N, K]."""
+    assert view.support_ids is not None
+    assert view.support_logprobs is not None
+    ids = view.support_ids[index]
+    # A row that the reward trains needs no teacher; a stand-in keeps its arithmetic finite.
+    stand_in = torch.full_like(ids, PAD_ID)
+    stand_in[:, :1] = 0
+    ids = torch.where(distilled[:, None], ids, stand_in)
+    present = ids != PAD_ID
+    wanted = present & distilled[:, None]
+    return ids, present, torch.where(wanted, view.support_logprobs[index].double(), -1.0)
