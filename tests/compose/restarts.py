@@ -19,7 +19,7 @@ from stack import ROOT, Stack, run
 SUPPORT = ("__init__", "direct_load", "queue_data", "queue_load", "stack_load")
 UNPACK = (
     "import base64, io, sys, tarfile; "
-    "tarfile.open(fileobj=io.BytesIO(base64.b64decode(sys.argv[1]))).extractall('/tmp/check', filter='data')"
+    "tarfile.open(fileobj=io.BytesIO(base64.b64decode(sys.argv[1]))).extractall('/tmp/check')"
 )
 END_SECONDS = 240.0
 MOST = 4
