@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +249,19 @@ def test_the_collector_has_what_its_configuration_asks_the_environment_for() -> 
     directory = Path(config["exporters"]["file"]["path"]).parent
     (volume,) = [v for v in services()["otel-collector"]["volumes"] if isinstance(v, dict)]
     assert volume["target"] == str(directory)
+
+
+def test_the_guide_names_services_and_profiles_that_exist() -> None:
+    guide = (ROOT / "docs/monitoring.md").read_text()
+    commands = [shlex.split(line) for line in re.findall(r"docker compose [^`\n]+", guide)]
+    profiles = {profile for service in services().values() for profile in service["profiles"]}
+    assert commands
+    for words in commands:
+        named = [word for option, word in pairwise(words) if option == "--profile"]
+        assert set(named) <= profiles, words
+        scaled = [word for option, word in pairwise(words) if option == "--scale"]
+        asked = [word for verb, word in pairwise(words) if verb in {"exec", "logs"}]
+        assert {word.partition("=")[0] for word in [*scaled, *asked]} <= set(services()), words
 
 
 def test_traces_are_switched_on_for_every_process_of_ours_at_once() -> None:
