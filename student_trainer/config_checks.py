@@ -49,6 +49,12 @@ def _check_objective(config: RunConfig) -> Plan:
             'objective.support: "full" needs student and teacher in one process; this trainer scores '
             'through the queue, where a top-k support with tail = "bucket" and a large k comes close'
         )
+    for key, wanted in (("tokens.marked_only", plan.tokens.marked_only), ("gate", plan.gate is not None)):
+        if wanted:
+            raise ValueError(
+                f"objective.{key}: is set, but this trainer neither marks positions nor keeps a gate; "
+                "it serves callers of objective_loss"
+            )
     if plan.needs_teacher and not config.teachers:
         raise ValueError("[teachers.NAME]: the objective needs a teacher, and the run file has none")
     return plan

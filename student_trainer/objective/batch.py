@@ -43,7 +43,9 @@ class TokenBatch:
     weight: Tensor  # f32 [T]
     views: Mapping[str, ViewTensors] = field(default_factory=dict)
     reward_advantage: Tensor | None = None  # f32 [T]
-    sequence_lengths: Tensor | None = None  # int64 [B], sums to T; needed for a horizon
+    sequence_lengths: Tensor | None = None  # int64 [B], sums to T; needed for what looks along a response
+    marked: Tensor | None = None  # bool [T], for tokens.marked_only
+    old_logprobs: Tensor | None = None  # f32 [T], log p_old; None: the student as it is now
 
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same batch on another device."""

@@ -80,6 +80,36 @@ def check_gates(row: ObjectiveSettings, needs_teacher: bool) -> None:
         )
 
 
+def check_weights(row: ObjectiveSettings, needs_teacher: bool) -> None:
+    """Whether every weight, selection and gate finds what it needs."""
+    pathwise = needs_teacher and row.estimator == "pathwise"
+    top_k = pathwise and row.support in TRUNCATED
+    score_function = needs_teacher and row.estimator == "score_function"
+    needs: dict[str, tuple[bool, bool, str]] = {
+        "weights.prefix": (
+            row.weights.prefix is not None,
+            score_function and row.mix != "multiply",
+            'a teacher, estimator = "score_function" and no mix = "multiply"',
+        ),
+        "weights.teacher_entropy": (
+            row.weights.teacher_entropy,
+            top_k,
+            'estimator = "pathwise" and a top-k support',
+        ),
+        "weights.surprise": (row.weights.surprise, pathwise, 'estimator = "pathwise"'),
+        "tokens.top_fraction": (
+            row.tokens.top_fraction is not None,
+            top_k and row.mix == "replace",
+            'estimator = "pathwise", a top-k support and mix = "replace"',
+        ),
+        "gate": (row.gate is not None, needs_teacher, "a teacher (distill_coefficient other than 0)"),
+        "entropy_factor": (row.entropy_factor is not None, needs_teacher, "a teacher"),
+    }
+    for name, (chosen, fits, reason) in needs.items():
+        if chosen and not fits:
+            raise ObjectiveError(f"objective.{name}: is set, but it only acts with {reason}")
+
+
 def effective_temperature(row: ObjectiveSettings, student_temperature: float, needs_teacher: bool) -> float:
     if not student_temperature > 0:
         raise ObjectiveError(f"sampling.temperature: must be positive to train, got {student_temperature}")
@@ -94,7 +124,8 @@ def effective_temperature(row: ObjectiveSettings, student_temperature: float, ne
 
 def needs_behaviour(row: ObjectiveSettings, needs_teacher: bool) -> bool:
     uses_advantage = needs_teacher and row.estimator == "score_function"
-    return uses_advantage or not isinstance(row.correction, NoCorrection)
+    corrected = not isinstance(row.correction, NoCorrection) or row.weights.rollout_cap is not None
+    return uses_advantage or corrected
 
 
 def teacher_names(row: ObjectiveSettings, teachers: Sequence[str]) -> dict[str, str]:
@@ -213,6 +244,11 @@ def objective_warnings(
                 'objective.score_weight = "stopped" is not the gradient of the divergence and can point away '
                 'from it; "exact" is'
             )
+    if row.mix == "multiply" and row.distill_coefficient != 0 and row.ratio_gate != "rewarded":
+        warnings.append(
+            'objective.ratio_gate: mix = "multiply" without a gate pulls on tokens that the reward says '
+            'nothing about, from failed responses too; "rewarded" keeps the factor to responses with A > 0'
+        )
     return tuple(warnings)
 
 

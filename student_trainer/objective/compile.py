@@ -12,6 +12,7 @@ from student_trainer.objective.checks import (
     check_gates,
     check_mix,
     check_views,
+    check_weights,
     effective_temperature,
     needs_behaviour,
     objective_warnings,
@@ -55,6 +56,7 @@ def compile_plan(
     check_mix(row, needs_teacher)
     check_estimator(row, needs_teacher)
     check_gates(row, needs_teacher)
+    check_weights(row, needs_teacher)
     temperature = effective_temperature(row, student_temperature, needs_teacher)
     names = teacher_names(row, teachers) if needs_teacher else {}
     views = {view: row.views[view].coefficient if row.views else 1.0 for view in names}
@@ -99,6 +101,12 @@ def compile_plan(
         score_weight=row.score_weight or "exact",
         entry_clip=row.entry_clip,
         target=row.target or "log_linear",
+        weights=row.weights,
+        ratio=row.ratio or "teacher_over_student",
+        ratio_gate=row.ratio_gate or "none",
+        entropy_factor=row.entropy_factor,
+        entropy_window=row.entropy_window or 0,
+        gate=row.gate,
         view_clips={name: view.clip for name, view in row.views.items() if view.clip is not None},
     )
 
@@ -120,7 +128,7 @@ def check_limits(plan: Plan, teacher: str, limits: Limits) -> list[str]:
                 f"{limits.max_candidates}"
             )
         if signal.entropy and not limits.entropy:
-            problems.append(f"{where}: an entropy gate is set, but the teacher does not serve entropy")
+            problems.append(f"{where}: a gate or factor needs entropy, which the teacher does not serve")
         if signal.temperature != 1 and not limits.temperature:
             problems.append(
                 f"{where}: temperature {signal.temperature} is asked for, but the teacher only serves 1"
@@ -144,6 +152,7 @@ def _divergence(row: ObjectiveSettings) -> tuple[Divergence, float, float]:
 
 def _signal(row: ObjectiveSettings, k: int, temperature: float) -> Signal:
     gated = any(getattr(row.tokens, name) is not None for name in ENTROPY_GATES)
+    gated = gated or row.entropy_factor is not None
     return Signal(
         sampled=row.support == "sampled" or row.monitor,
         top_k=k if row.support in ("teacher_topk", "union") else 0,

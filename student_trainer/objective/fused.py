@@ -161,6 +161,19 @@ class ChunkedLoss:
             )
         return loss
 
+    def survey(self, hidden: Tensor) -> Tensor:
+        """`Rows.disagreement` of every row, f64 [N], from a pass over the head without gradients."""
+        index, size = self.rows.index, max(1, min(self.chunk_rows, len(self.rows.index)))
+        buffer = hidden.new_empty(size, len(self.student.head.weight), dtype=self.student.dtype)
+        scores = torch.zeros(len(index), dtype=torch.float64, device=hidden.device)
+        for start in range(0, len(index), size):
+            part = slice(start, min(start + size, len(index)))
+            logits = buffer[: part.stop - part.start]
+            self.student.logits(hidden[index[part]].to(self.student.dtype), logits)
+            gathered = logits.gather(1, self.rows.gather_ids[part]).double()
+            scores[part] = self.rows.disagreement(part, gathered - self._normaliser(logits)[:, None])
+        return scores
+
     def _truncated_chunk(self, part: slice, logits: Tensor, normaliser: Tensor) -> Tensor:
         loss, sparse, _ = self._row_losses(part, logits, normaliser, None, None)
         self._write_gradient(part, logits, normaliser, sparse, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -19,6 +20,7 @@ from student_trainer.objective.fused import (
 from student_trainer.objective.plan import Plan
 from student_trainer.objective.rows import Rows
 from student_trainer.objective.selection import select_rows
+from student_trainer.objective.weights import top_rows
 
 __all__ = ["Head", "LossOutput", "NonFiniteStudentError", "TokenBatch", "ViewTensors", "objective_loss"]
 
@@ -41,6 +43,7 @@ def objective_loss(
     teacher_head: Head | Mapping[str, Head] | None = None,
     chunk_rows: int = CHUNK_ROWS,
     per_token: bool = False,
+    distill_open: bool | None = None,
 ) -> LossOutput:
     """Loss of a micro-batch, Σ_t weight_t · loss_t, with peak memory independent of T × V.
 
@@ -53,6 +56,7 @@ def objective_loss(
             several views one of each per view, by name.
         chunk_rows: rows whose logits exist at a time.
         per_token: also return the per-token tensors.
+        distill_open: state of the plan's gate (`weights.HysteresisGate`); only and always with one.
 
     Raises:
         ValueError: batch, plan and tensors do not fit together; says which field.
@@ -60,7 +64,9 @@ def objective_loss(
     """
     _check_shapes(hidden, head_weight, batch, chunk_rows)
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    rows = select_rows(batch, plan, len(head_weight))
+    if (distill_open is None) != (plan.gate is None):
+        raise ValueError(f"distill_open: got {distill_open}, allowed: true or false with a gate, else none")
+    rows = select_rows(batch, plan, len(head_weight), distill_open=distill_open is not False)
     rows.traces = {} if per_token else None
     teachers = _teachers(plan, hidden, head_weight, teacher_hidden, teacher_head)
     student = Head(head_weight.detach(), None if head_bias is None else head_bias.detach(), softcap, scale)
@@ -71,6 +77,10 @@ def objective_loss(
         chunk_rows=chunk_rows,
         tile_columns=CPU_TILE_COLUMNS if hidden.device.type == "cpu" else GPU_TILE_COLUMNS,
     )
+    if plan.tokens.top_fraction is not None:
+        with torch.no_grad():
+            rows = rows.restricted(top_rows(job.survey(hidden.detach()), plan.tokens.top_fraction))
+        job = replace(job, rows=rows)
     loss: Tensor = FusedHeadLoss.apply(hidden, head_weight, head_bias, job)  # type: ignore[no-untyped-call]
     return LossOutput(loss=loss, metrics=_metrics(rows), per_token=_per_token(rows, len(hidden)))
 

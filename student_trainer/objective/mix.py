@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from student_trainer.objective.divergences import MAX_LOG_RATIO
 from student_trainer.objective.plan import Plan
 
 STD_EPSILON = 1e-6
+LEAST_CERTAINTY = 0.1
 
 
 def group_advantages(rewards: Tensor, group_sizes: Tensor, *, divide_by_std: bool) -> Tensor:
@@ -39,14 +42,19 @@ def rewarded(plan: Plan, advantage: Tensor) -> Tensor:
 
 
 def mixed_advantage(
-    plan: Plan, distill: Tensor | None, reward: Tensor | None, log_ratio: Tensor | None
+    plan: Plan,
+    distill: Tensor | None,
+    reward: Tensor | None,
+    log_ratio: Tensor | None,
+    certainty: Tensor | None = None,
 ) -> Tensor:
     """The advantage of the sampled token, f64 [T].
 
     Args:
         distill: the teacher's advantage, None when the score function carries no distillation.
         reward: the reward's advantage, None when the plan needs none.
-        log_ratio: log q(y) − log μ(y), used by mix = "multiply" only.
+        log_ratio: log q(y) − log μ(y), used by mix = "multiply" only; None: the teacher has no say.
+        certainty: see `entropy_certainty`, likewise.
     """
     distilled = None if distill is None else plan.distill_coefficient * distill
     if reward is None:
@@ -55,7 +63,8 @@ def mixed_advantage(
         return distilled
     paid = plan.reward_coefficient * reward
     if plan.mix == "multiply":
-        return paid if log_ratio is None else paid * _teacher_factor(plan, reward, log_ratio)
+        factor = 1.0 if log_ratio is None else _teacher_factor(plan, reward, log_ratio)
+        return paid * factor * (1.0 if certainty is None else certainty)
     if plan.mix == "route":
         chosen = rewarded(plan, reward)
         return torch.where(chosen, paid, torch.zeros_like(paid) if distilled is None else distilled)
@@ -63,7 +72,18 @@ def mixed_advantage(
 
 
 def _teacher_factor(plan: Plan, reward: Tensor, log_ratio: Tensor) -> Tensor:
-    """(1 − c) + c · clip((q/μ)^sign A, 1 ± ratio_clip): RLSD's reweighting, c the distill_coefficient."""
-    powered = torch.exp((torch.sign(reward) * log_ratio).clamp(max=MAX_LOG_RATIO))
+    """(1 − c) + c · clip(w, 1 ± ratio_clip), c the distill_coefficient.
+
+    w = (q/μ)^sign A raises what the teacher likes in good responses and spares it in bad ones (RLSD);
+    its inverse raises what the student found without the teacher (RLRT). Behind the gate the factor is 1.
+    """
+    towards = 1.0 if plan.ratio == "teacher_over_student" else -1.0
+    powered = torch.exp((towards * torch.sign(reward) * log_ratio).clamp(max=MAX_LOG_RATIO))
     clipped = powered.clamp(1 - plan.ratio_clip, 1 + plan.ratio_clip)
-    return 1 - plan.distill_coefficient + plan.distill_coefficient * clipped
+    factor = 1 - plan.distill_coefficient + plan.distill_coefficient * clipped
+    return torch.where(reward > 0, factor, 1) if plan.ratio_gate == "rewarded" else factor
+
+
+def entropy_certainty(factor: float, entropy: Tensor, vocabulary: int) -> Tensor:
+    """clip(1 − factor · H/log V, 0.1, 1): EGRSD's weight, small where the teacher is unsure (H in nats)."""
+    return (1 - factor * entropy / math.log(vocabulary)).clamp(LEAST_CERTAINTY, 1.0)

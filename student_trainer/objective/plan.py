@@ -11,13 +11,17 @@ from student_trainer.objective.settings import (
     Correction,
     Divergence,
     Estimator,
+    GateSettings,
     Mix,
     Normalisation,
+    Ratio,
+    RatioGate,
     ScoreWeight,
     Support,
     Tail,
     Target,
     TokenSettings,
+    WeightSettings,
 )
 
 DEFAULT_BETA = 0.5
@@ -45,6 +49,9 @@ class Plan:
         horizon: later tokens credited to a token; None is the rest of the response.
         temperature: of student and teacher alike.
         sampling_temperature: at which the behaviour log-probabilities are taken.
+        weights: detached factors of a position's loss.
+        ratio, ratio_gate, entropy_factor, entropy_window: the teacher's factor with mix "multiply".
+        gate: thresholds of the gate whose state `objective_loss` is given.
         needs_teacher, needs_reward, needs_behaviour: what a TokenBatch must carry.
         warnings: what a user should know before starting.
     """
@@ -83,6 +90,12 @@ class Plan:
     entry_clip: float | None = None
     target: Target = "log_linear"
     view_clips: Mapping[str, float] = field(default_factory=dict)
+    weights: WeightSettings = field(default=WeightSettings())
+    ratio: Ratio = "teacher_over_student"
+    ratio_gate: RatioGate = "none"
+    entropy_factor: float | None = None
+    entropy_window: int = 0
+    gate: GateSettings | None = None
 
     @property
     def plain_view(self) -> bool:

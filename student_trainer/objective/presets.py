@@ -93,8 +93,10 @@ def idle_fields(settings: ObjectiveSettings) -> dict[str, str]:
         'estimator = "score_function", a divergence other than kl_student_teacher and no mix = "multiply"',
     )
     only("entry_clip", not score_function, 'estimator = "pathwise"')
-    only("ratio_clip", settings.mix == "multiply", 'mix = "multiply"')
+    for field in ("ratio_clip", "ratio", "ratio_gate", "entropy_factor"):
+        only(field, settings.mix == "multiply", 'mix = "multiply"')
+    only("entropy_window", settings.entropy_factor is not None, "entropy_factor")
     only("route_reward", settings.mix == "route", 'mix = "route"')
-    for field in ("reward_coefficient", "advantage_std"):
+    for field in ("reward_coefficient", "advantage_std", "gate"):
         only(field, settings.mix != "replace", "a mix with the reward")
     return idle

@@ -6,16 +6,17 @@ Shapes: N rows kept, R rows of a chunk, K support ids of a term.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from student_trainer.objective.divergences import FDivergence
+from student_trainer.objective.divergences import MAX_LOG_RATIO, FDivergence
 from student_trainer.objective.estimators import importance_weight, surrogate
 from student_trainer.objective.plan import Plan
 from student_trainer.objective.settings import ImportanceCorrection
-from student_trainer.objective.tails import truncated
+from student_trainer.objective.tails import support_entropy, truncated
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Rows:
     distill_scale: Tensor | None  # f64 [N], of the pathwise divergence
     terms: list[SupportTerm]  # of a pathwise divergence over supports
     teacher_sampled: Tensor | None  # f64 [N], NaN where unknown
+    old: Tensor | None = None  # f64 [N], log p_old where the batch has it
     sums: dict[str, Tensor] = field(default_factory=dict)
     traces: dict[str, list[Tensor]] | None = None
 
@@ -76,16 +78,19 @@ class Rows:
         sampled = logprobs[:, 0]
         self._record("student_logprob", sampled.detach(), alive)
         self._monitor(part, sampled.detach(), alive)
+        weight, behaviour = self._rollout_weight(part, weight, sampled.detach(), alive)
         loss = torch.zeros_like(sampled)
         if self.advantage is not None:
-            loss = loss + self._policy_gradient(part, sampled, alive)
+            loss = loss + self._policy_gradient(part, sampled, behaviour, alive)
         if self.distill_scale is None:
             return (weight * loss).sum(), None
         scale = self.distill_scale[part]
         distilled = alive & (scale != 0)
         self._count("distilled", distilled)
-        if isinstance(self.plan.correction, ImportanceCorrection) and self.behaviour is not None:
-            ratio, kept = importance_weight(self.plan.correction, sampled, self.behaviour[part])
+        if self.plan.weights.surprise:
+            scale = scale * -torch.expm1(sampled.detach())
+        if isinstance(self.plan.correction, ImportanceCorrection) and behaviour is not None:
+            ratio, kept = importance_weight(self.plan.correction, sampled, behaviour)
             self._record("ratio", ratio, alive)
             self._record("ratio_clipped", (kept < ratio).to(ratio.dtype), alive)
             # Like SDPO's weight: detached, so that it scales the divergence and is not itself trained.
@@ -97,30 +102,66 @@ class Rows:
         self._record("divergence", value.detach(), distilled)
         return (weight * (loss + scale * value)).sum(), None
 
+    def disagreement(self, part: slice, logprobs: Tensor) -> Tensor:
+        """Divergence × the teacher's mass on the support, f64 [R]: what a position has to teach (TA-OPD)."""
+        student = logprobs[:, 1:]
+        score = torch.zeros_like(student[:, 0])
+        for term in self.terms:
+            own, target, present = student[:, term.columns], term.target[part], term.present[part]
+            mass = torch.where(present, target, -torch.inf).exp().sum(dim=1)
+            score += term.factor * mass * self._term(own, target, present)
+        return score
+
+    def restricted(self, kept: Tensor) -> Rows:
+        """These rows only, int64 [M] in order; metrics go on being summed in one place."""
+        chosen: dict[str, Any] = {
+            field.name: value[kept]
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        terms = [replace(term, present=term.present[kept], target=term.target[kept]) for term in self.terms]
+        return replace(self, terms=terms, **chosen)
+
     def record_entropy(self, entropy: Tensor, dense_bad: Tensor | None) -> None:
         """Note the student's entropy of a chunk's rows, f64 [R]."""
         alive = torch.ones_like(entropy, dtype=torch.bool) if dense_bad is None else ~dense_bad
         self._record("entropy", entropy, alive)
 
     def _truncated(self, part: slice, student: Tensor, distilled: Tensor) -> Tensor:
-        plan = self.plan
         value = torch.zeros_like(student[:, 0])
         masses = {name: torch.zeros_like(value) for name in ("student_mass", "teacher_mass")}
         for term in self.terms:
             own, target, present = student[:, term.columns], term.target[part], term.present[part]
-            value = value + term.factor * truncated(
-                self.divergence, own, target, present, tail=plan.tail, entry_clip=plan.entry_clip
-            )
+            value = value + term.factor * self._term(own, target, present)
             for name, logprobs in (("student_mass", own.detach()), ("teacher_mass", target)):
                 masses[name] += torch.where(present, logprobs, -torch.inf).exp().sum(dim=1)
         for name, mass in masses.items():
             self._record(name, mass / len(self.terms), distilled)
         return value
 
-    def _policy_gradient(self, part: slice, sampled: Tensor, alive: Tensor) -> Tensor:
+    def _term(self, own: Tensor, target: Tensor, present: Tensor) -> Tensor:
+        plan = self.plan
+        value = truncated(self.divergence, own, target, present, tail=plan.tail, entry_clip=plan.entry_clip)
+        return value * support_entropy(target, present) if plan.weights.teacher_entropy else value
+
+    def _rollout_weight(
+        self, part: slice, weight: Tensor, sampled: Tensor, alive: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """The rows' weights with min(p_old/μ, cap) in them, and what `correction` compares p with."""
+        cap = self.plan.weights.rollout_cap
+        behaviour = None if self.behaviour is None else self.behaviour[part]
+        if cap is None or behaviour is None:
+            return weight, behaviour
+        old = sampled if self.old is None else self.old[part]
+        kept = (old - behaviour).clamp(max=MAX_LOG_RATIO).exp().clamp(max=cap)
+        self._record("rollout_weight", kept, alive)
+        return weight * kept, old
+
+    def _policy_gradient(
+        self, part: slice, sampled: Tensor, behaviour: Tensor | None, alive: Tensor
+    ) -> Tensor:
         assert self.advantage is not None
         advantage = self.advantage[part]
-        behaviour = None if self.behaviour is None else self.behaviour[part]
         loss, ratio, cut = surrogate(self.plan.correction, sampled, behaviour, advantage)
         self._record("advantage", advantage, alive)
         if self.distill_scale is None or not isinstance(self.plan.correction, ImportanceCorrection):

@@ -11,7 +11,7 @@ from torch import Tensor
 from student_trainer.objective.batch import PAD_ID, TokenBatch, ViewTensors
 from student_trainer.objective.divergences import FDivergence, f_divergence
 from student_trainer.objective.estimators import discounted_future, future_reward, own_advantage
-from student_trainer.objective.mix import mixed_advantage, rewarded
+from student_trainer.objective.mix import entropy_certainty, mixed_advantage, rewarded
 from student_trainer.objective.plan import TRUNCATED, Plan
 from student_trainer.objective.rows import Rows, SupportTerm
 from student_trainer.objective.support import check_distinct, check_ids
@@ -21,11 +21,13 @@ from student_trainer.objective.targets import (
     sampled_targets,
     support_target,
 )
-from student_trainer.objective.weights import entropy_gate
+from student_trainer.objective.weights import entropy_gate, least_entropy_ahead, prefix_weight
 
 
-def select_rows(batch: TokenBatch, plan: Plan, vocabulary: int) -> Rows:
+def select_rows(batch: TokenBatch, plan: Plan, vocabulary: int, *, distill_open: bool = True) -> Rows:
     """Check a batch against its plan and keep the positions that can be trained on.
+
+    With `distill_open` false only the reward trains.
 
     A position where a number that the plan needs is not finite is dropped and counted; it is never
     trained on.
@@ -38,11 +40,13 @@ def select_rows(batch: TokenBatch, plan: Plan, vocabulary: int) -> Rows:
     for name in plan.views:
         gate = entropy_gate(plan.tokens, batch.views[name]) if name in batch.views else None
         keep = keep if gate is None else keep & gate
+    if plan.tokens.marked_only and batch.marked is not None:
+        keep = keep & batch.marked
     reward = (
         batch.reward_advantage.double() if plan.needs_reward and batch.reward_advantage is not None else None
     )
-    distilled = torch.full_like(keep, plan.needs_teacher)
-    usable = {"dropped_behaviour": torch.isfinite(batch.behaviour_logprobs) | (not plan.needs_behaviour)}
+    distilled = torch.full_like(keep, plan.needs_teacher and distill_open)
+    usable = {"dropped_behaviour": _behaviour_usable(batch, plan)}
     if reward is not None:
         usable["dropped_reward"] = torch.isfinite(reward)
         reward = torch.nan_to_num(reward, 0.0, 0.0, 0.0)
@@ -54,7 +58,7 @@ def select_rows(batch: TokenBatch, plan: Plan, vocabulary: int) -> Rows:
         keep = keep & good
     behaviour = torch.nan_to_num(batch.behaviour_logprobs.double(), 0.0, 0.0, 0.0)
     index = keep.nonzero().squeeze(1)
-    advantage = _advantage(batch, plan, behaviour, reward)
+    advantage = _advantage(batch, plan, behaviour, reward, vocabulary, distill_open=distill_open)
     pathwise = plan.needs_teacher and plan.estimator == "pathwise"
     supports, terms = _terms(batch, plan, index, distilled[index]) if pathwise else ([], [])
     sampled_ids = batch.sampled_ids[index, None]
@@ -73,34 +77,43 @@ def select_rows(batch: TokenBatch, plan: Plan, vocabulary: int) -> Rows:
         distill_scale=plan.distill_coefficient * distilled[index].double() if pathwise else None,
         terms=terms,
         teacher_sampled=None if target is None else target[index],
+        old=None if batch.old_logprobs is None else batch.old_logprobs.double()[index],
         sums=counts,
     )
 
 
 def _check(batch: TokenBatch, plan: Plan) -> None:
     positions = len(batch.sampled_ids)
-    for name in ("behaviour_logprobs", "mask", "weight", "reward_advantage"):
+    for name in ("behaviour_logprobs", "mask", "weight", "reward_advantage", "marked", "old_logprobs"):
         tensor = getattr(batch, name)
         if tensor is not None and tensor.shape != (positions,):
             raise ValueError(f"batch.{name}: got shape {tuple(tensor.shape)}, allowed: ({positions},)")
     if not bool(torch.isfinite(batch.weight).all()):
         raise ValueError("batch.weight: got a weight that is not finite")
+    if plan.tokens.marked_only and batch.marked is None:
+        raise ValueError("batch.marked: missing, and the plan has tokens.marked_only")
     if plan.needs_reward and batch.reward_advantage is None:
         raise ValueError("batch.reward_advantage: missing, and the plan mixes in a reward")
     for name in plan.view_requests:
-        view = batch.views.get(name)
-        if view is None:
+        if name not in batch.views:
             raise ValueError(f"batch.views: {name!r} is missing, got {sorted(batch.views)}")
-        if plan.support == "sampled" and view.sampled is None:
-            raise ValueError(f"batch.views[{name!r}].sampled: missing")
-        if plan.support in TRUNCATED:
-            _check_support(name, view, positions)
+        _check_view(name, batch.views[name], plan, positions)
     if plan.needs_teacher and plan.support in TRUNCATED:
         check_common_ids(plan, batch)
-    if plan.horizon != 0 and plan.needs_teacher:
+    looks_along = plan.horizon != 0 or plan.weights.prefix is not None or plan.entropy_window > 0
+    if looks_along and plan.needs_teacher:
         total = None if batch.sequence_lengths is None else int(batch.sequence_lengths.sum())
         if total != positions:
             raise ValueError(f"batch.sequence_lengths: sums to {total}, allowed: {positions}")
+
+
+def _check_view(name: str, view: ViewTensors, plan: Plan, positions: int) -> None:
+    if plan.support == "sampled" and view.sampled is None:
+        raise ValueError(f"batch.views[{name!r}].sampled: missing")
+    if plan.entropy_factor is not None and view.entropy is None:
+        raise ValueError(f"batch.views[{name!r}].entropy: missing")
+    if plan.support in TRUNCATED:
+        _check_support(name, view, positions)
 
 
 def _check_support(name: str, view: ViewTensors, positions: int) -> None:
@@ -115,6 +128,13 @@ def _check_support(name: str, view: ViewTensors, positions: int) -> None:
     check_distinct(f"batch.views[{name!r}].support_ids", ids)
 
 
+def _behaviour_usable(batch: TokenBatch, plan: Plan) -> Tensor:
+    usable = torch.isfinite(batch.behaviour_logprobs) | (not plan.needs_behaviour)
+    if plan.weights.rollout_cap is None or batch.old_logprobs is None:
+        return usable
+    return usable & torch.isfinite(batch.old_logprobs)
+
+
 def _teacher_usable(batch: TokenBatch, plan: Plan) -> Tensor:
     """bool [T]: everything the plan needs of every view is finite."""
     usable = torch.ones_like(batch.mask)
@@ -123,6 +143,8 @@ def _teacher_usable(batch: TokenBatch, plan: Plan) -> Tensor:
         if plan.support == "sampled":
             assert view.sampled is not None
             usable = usable & torch.isfinite(view.sampled)
+            if plan.entropy_factor is not None and view.entropy is not None:
+                usable = usable & torch.isfinite(view.entropy)
         else:
             assert view.support_ids is not None
             assert view.support_logprobs is not None
@@ -131,19 +153,49 @@ def _teacher_usable(batch: TokenBatch, plan: Plan) -> Tensor:
     return usable
 
 
-def _advantage(batch: TokenBatch, plan: Plan, behaviour: Tensor, reward: Tensor | None) -> Tensor | None:
+def _advantage(
+    batch: TokenBatch,
+    plan: Plan,
+    behaviour: Tensor,
+    reward: Tensor | None,
+    vocabulary: int,
+    *,
+    distill_open: bool,
+) -> Tensor | None:
     """The sampled token's advantage, f64 [T]; None where nothing uses the score function."""
-    if not plan.needs_teacher or plan.estimator == "pathwise":
+    if not plan.needs_teacher or plan.estimator == "pathwise" or not distill_open:
         return None if reward is None else mixed_advantage(plan, None, reward, None)
-    distill = torch.zeros_like(behaviour)
+    own = behaviour
+    if plan.weights.rollout_cap is not None and batch.old_logprobs is not None:
+        own = torch.nan_to_num(batch.old_logprobs.double(), 0.0, 0.0, 0.0)
+    distill = torch.zeros_like(own)
     row = f_divergence(plan.divergence, plan.beta, plan.alpha)
     for factor, target in sampled_targets(plan, batch):
         known = batch.mask & torch.isfinite(target) & torch.isfinite(batch.behaviour_logprobs)
-        log_u = torch.where(known, target - behaviour, 0)
+        log_u = torch.where(known, target - own, 0)
         if plan.mix == "multiply":
-            return mixed_advantage(plan, None, reward, log_u)
+            return mixed_advantage(plan, None, reward, log_u, _certainty(batch, plan, vocabulary))
         distill = distill + factor * _distilled_advantage(batch, plan, row, log_u)
+    if plan.weights.prefix is not None:
+        assert batch.sequence_lengths is not None
+        distill = distill * prefix_weight(plan.weights.prefix, distill, batch.sequence_lengths)
     return mixed_advantage(plan, distill, reward, None)
+
+
+def _certainty(batch: TokenBatch, plan: Plan, vocabulary: int) -> Tensor | None:
+    """The factor of the teacher's entropy, of the only view or of the least certain one, f64 [T]."""
+    if plan.entropy_factor is None:
+        return None
+    factors = []
+    for name in plan.views:
+        entropy = batch.views[name].entropy
+        assert entropy is not None
+        entropy = entropy.double()
+        if plan.entropy_window:
+            assert batch.sequence_lengths is not None
+            entropy = least_entropy_ahead(entropy, batch.sequence_lengths, plan.entropy_window)
+        factors.append(entropy_certainty(plan.entropy_factor, torch.nan_to_num(entropy), vocabulary))
+    return torch.stack(factors).amin(dim=0)
 
 
 def _distilled_advantage(batch: TokenBatch, plan: Plan, row: FDivergence, log_u: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ Tail: TypeAlias = Literal["raw", "stop_gradient", "stop_gradient_mean", "renorma
 Estimator: TypeAlias = Literal["pathwise", "score_function"]
 Target: TypeAlias = Literal["log_linear", "mixture", "losses"]
 ScoreWeight: TypeAlias = Literal["exact", "stopped"]
+Ratio: TypeAlias = Literal["teacher_over_student", "student_over_teacher"]
+RatioGate: TypeAlias = Literal["none", "rewarded"]
 Mix: TypeAlias = Literal["replace", "add", "multiply", "route"]
 Normalisation: TypeAlias = Literal["token_mean", "sequence_mean"]
 Horizon: TypeAlias = NonNegativeInt | Literal["response"]
@@ -82,12 +84,51 @@ Correction: TypeAlias = Annotated[
 
 
 class TokenSettings(_Settings):
-    """Which response positions are trained on; all conditions must hold."""
+    """Which response positions are trained on; all conditions must hold.
+
+    What a gate or `top_fraction` drops counts as zero in the mean.
+    """
 
     skip_first_n: NonNegativeInt = Field(0, description="leave out the first n response positions")
     keep_first_n: PositiveInt | None = Field(None, description="train on the first n positions only")
     teacher_entropy_above: FiniteFloat | None = Field(None, description="nats; asks for `entropy`")
     teacher_entropy_below: FiniteFloat | None = Field(None, description="nats; asks for `entropy`")
+    marked_only: bool = Field(
+        False, description="only positions that the batch marks, such as responses that have feedback"
+    )
+    top_fraction: Annotated[FiniteFloat, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="pathwise, top-k support: only this fraction of a micro-batch's positions, the first by "
+        "divergence × the teacher's mass on the support",
+    )
+
+
+class WeightSettings(_Settings):
+    """Detached factors of a position's loss; they multiply."""
+
+    prefix: Annotated[FiniteFloat, Field(gt=0)] | None = Field(
+        None,
+        description="score_function: 1 + prefix · (1 − Σ|A| up to here / Σ|A| of the response), A the "
+        "distillation advantage",
+    )
+    teacher_entropy: bool = Field(
+        False, description="pathwise, top-k support: the target's entropy over the support, nats"
+    )
+    surprise: bool = Field(False, description="pathwise: 1 − p of the sampled token")
+    rollout_cap: Annotated[FiniteFloat, Field(gt=0)] | None = Field(
+        None,
+        description="min(p_old/μ, cap): from the sampler's probabilities to the trainer's when the step "
+        "starts; `correction` then compares p with p_old",
+    )
+
+
+class GateSettings(_Settings):
+    """Distillation beside a reward acts only while the student's mean entropy is high enough."""
+
+    entropy_on: Annotated[FiniteFloat, Field(gt=0)] = Field(description="nats; at or above it the gate opens")
+    off_fraction: Annotated[FiniteFloat, Field(gt=0, le=1)] = Field(
+        0.93, description="below this fraction of entropy_on it closes"
+    )
 
 
 class ObjectiveSettings(_Settings):
@@ -142,6 +183,7 @@ class ObjectiveSettings(_Settings):
         None, description="of both distributions; unset: the sampling temperature"
     )
     tokens: TokenSettings = Field(TokenSettings(), description="which positions are trained on")
+    weights: WeightSettings = Field(WeightSettings(), description="factors of a position's loss")
     mix: Mix = Field("replace", description="how a verifiable reward's advantage joins the distillation")
     distill_coefficient: FiniteFloat = Field(
         1.0, description="factor of the distillation part; 0: no teacher"
@@ -153,6 +195,23 @@ class ObjectiveSettings(_Settings):
     ratio_clip: Annotated[FiniteFloat, Field(gt=0, le=1)] | None = Field(
         None, description="mix = multiply: the teacher's factor stays in 1 ± ratio_clip (0.2)"
     )
+    ratio: Ratio | None = Field(
+        None,
+        description="mix = multiply: the factor is (q/p)^sign A (teacher_over_student, the default) or its "
+        "inverse",
+    )
+    ratio_gate: RatioGate | None = Field(
+        None, description="mix = multiply: the ratio acts everywhere (none) or only where A > 0 (rewarded)"
+    )
+    entropy_factor: Annotated[FiniteFloat, Field(gt=0)] | None = Field(
+        None,
+        description="multiply: also times clip(1 − entropy_factor · teacher's entropy / log V, 0.1, 1); "
+        "asks for `entropy`",
+    )
+    entropy_window: PositiveInt | None = Field(
+        None, description="mix = multiply: the least entropy of this and so many later tokens enters it"
+    )
+    gate: GateSettings | None = Field(None, description="a mix with the reward: gate of the distillation")
     route_reward: Literal["non_zero", "positive"] | None = Field(
         None, description="mix = route: reward advantages that send a position to the reward (non_zero)"
     )

@@ -95,3 +95,9 @@ def with_bucket(logprobs: Tensor, present: Tensor) -> Tensor:
 def log_mass(logprobs: Tensor, present: Tensor) -> Tensor:
     """log Σ_S exp, [R, 1]."""
     return torch.logsumexp(logprobs.masked_fill(~present, -torch.inf), dim=1, keepdim=True)
+
+
+def support_entropy(logprobs: Tensor, present: Tensor) -> Tensor:
+    """Entropy of the distribution normalised over its support, [R], nats."""
+    inside = normalised(torch.where(present, logprobs, 0), present)
+    return -torch.where(present, inside * inside.exp(), 0).sum(dim=1)

@@ -1,12 +1,15 @@
-"""Which positions count, and how much: selection masks, gates and the normaliser of the sum."""
+"""Which positions count, and how much: selection masks, gates, factors and the normaliser of the sum."""
 
 from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from student_trainer.objective.batch import ViewTensors
-from student_trainer.objective.settings import Normalisation, TokenSettings
+from student_trainer.objective.settings import GateSettings, Normalisation, TokenSettings
 
 
 def position_in_sequence(sequence_lengths: Tensor) -> Tensor:
@@ -70,3 +73,53 @@ def position_weights(
         0, owner, mask.to(torch.float32)
     )
     return mask.to(torch.float32) / selected[owner].clamp_min(1) / total_sequences
+
+
+def top_rows(scores: Tensor, fraction: float) -> Tensor:
+    """int64 [M], in order: the first ⌈fraction · N⌉ rows by score; one that is not a number comes first."""
+    count = min(len(scores), math.ceil(fraction * len(scores)))
+    return scores.nan_to_num(math.inf).topk(count).indices.sort().values
+
+
+def prefix_weight(strength: float, advantage: Tensor, sequence_lengths: Tensor) -> Tensor:
+    """[T]: 1 + strength · (1 − Σ_{j ≤ t}|A_j| / Σ|A|) within each sequence (IW-OPD); A is 0 where unknown."""
+    size = advantage.abs()
+    ends = torch.cumsum(sequence_lengths, 0)
+    running = torch.cumsum(size, 0)
+    total = torch.cat([running.new_zeros(1), running])
+    start = torch.repeat_interleave(total[ends - sequence_lengths], sequence_lengths)
+    whole = torch.repeat_interleave(total[ends], sequence_lengths) - start
+    done = torch.where(whole > 0, (running - start) / whole.clamp_min(1e-30), 1)
+    return 1 + strength * (1 - done)
+
+
+def least_entropy_ahead(entropy: Tensor, sequence_lengths: Tensor, window: int) -> Tensor:
+    """[T]: the least entropy of a position and the next `window` ones of its sequence; NaN is passed over."""
+    known = torch.nan_to_num(entropy, math.inf, math.inf, math.inf)
+    left = torch.repeat_interleave(sequence_lengths, sequence_lengths) - position_in_sequence(
+        sequence_lengths
+    )
+    least = known.clone()
+    for ahead in range(1, min(window, len(entropy) - 1) + 1):
+        later = torch.cat([known[ahead:], known.new_full((ahead,), math.inf)])
+        least = torch.where(left > ahead, torch.minimum(least, later), least)
+    return least
+
+
+@dataclass(frozen=True)
+class HysteresisGate:
+    """Whether distillation acts, as a value its owner keeps between steps (AntiSD).
+
+    It opens at a mean entropy of `entropy_on`, closes below `off_fraction` of it, and stays as it is
+    in between.
+    """
+
+    settings: GateSettings
+    open: bool = False
+
+    def after(self, entropy: float) -> HysteresisGate:
+        """The gate once a step's mean student entropy (nats) is known; NaN changes nothing."""
+        if entropy >= self.settings.entropy_on:
+            return replace(self, open=True)
+        closes = entropy < self.settings.off_fraction * self.settings.entropy_on
+        return replace(self, open=False) if closes else self

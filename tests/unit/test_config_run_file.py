@@ -101,6 +101,7 @@ def test_every_problem_is_listed(tmp_path: Path) -> None:
         ('preset = "thinking-machines"', "views.v.weights = 'teacher:larg'", "did you mean 'large'"),
         ('preset = "thinking-machines"', 'preset = "thinking-machine"', "did you mean 'thinking-machines'"),
         ('preset = "thinking-machines"', 'preset = "grpo"', "samples_per_prompt"),
+        ('preset = "thinking-machines"', "tokens.marked_only = true", "objective.tokens.marked_only"),
         ('preset = "thinking-machines"', 'support = "full"\nestimator = "pathwise"', "one process"),
         ('[teachers.large]\nmodel = "models/teacher"', "", "none"),
         ('model = "models/teacher"', "", "[teachers.large]"),

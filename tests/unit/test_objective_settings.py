@@ -36,7 +36,8 @@ def test_every_preset_compiles_and_says_where_it_comes_from(name: str) -> None:
     preset = presets.load(name)
     assert preset.name == name
     assert len(preset.source) > 20
-    assert plan_of(preset=name).preset == name
+    named = [view["weights"].partition(":")[2] for view in preset.objective.get("views", {}).values()]
+    assert plan_of(preset=name, teachers=tuple(filter(None, named)) or ("big",)).preset == name
 
 
 def test_presets_are_the_published_rows() -> None:
@@ -90,6 +91,9 @@ def test_unknown_preset_names_the_nearest() -> None:
             7,
         ),
         ({"tokens": {"teacher_entropy_above": 0.5}}, Signal(entropy=True), 0),
+        ({"mix": "multiply", "entropy_factor": 0.5, "ratio_gate": "rewarded"}, Signal(entropy=True), 0),
+        ({"preset": "ta-opd", "k": 5}, Signal(candidates=True), 5),
+        ({"preset": "iw-opd"}, Signal(), 0),
     ],
 )
 def test_signals_are_compiled_from_the_objective(
@@ -149,6 +153,19 @@ def test_alpha_ends_are_the_two_divergences_and_heavy_tails_warn() -> None:
         ({"alpha": 0.3}, "objective.alpha"),
         ({"score_weight": "stopped"}, "objective.score_weight"),
         ({"entry_clip": 0.1}, "objective.entry_clip"),
+        ({"weights": {"teacher_entropy": True}}, "objective.weights.teacher_entropy"),
+        ({"weights": {"surprise": True}}, "objective.weights.surprise"),
+        ({"preset": "gkd", "weights": {"prefix": 0.5}}, "objective.weights.prefix"),
+        ({"mix": "multiply", "weights": {"prefix": 0.5}}, "objective.weights.prefix"),
+        ({"tokens": {"top_fraction": 0.5}}, "objective.tokens.top_fraction"),
+        ({"preset": "gkd", "mix": "add", "tokens": {"top_fraction": 0.5}}, "objective.tokens.top_fraction"),
+        ({"preset": "gkd", "support": "full", "tokens": {"top_fraction": 0.5}}, "tokens.top_fraction"),
+        ({"gate": {"entropy_on": 1.0}}, "objective.gate: set to"),
+        ({"mix": "add", "distill_coefficient": 0, "gate": {"entropy_on": 1.0}}, "objective.gate: is set"),
+        ({"ratio": "student_over_teacher"}, "objective.ratio"),
+        ({"mix": "add", "ratio_gate": "rewarded"}, "objective.ratio_gate"),
+        ({"mix": "add", "entropy_factor": 0.5}, "objective.entropy_factor"),
+        ({"mix": "multiply", "entropy_window": 2}, "objective.entropy_window"),
         ({"preset": "many-faces", "entry_clip": 0.1}, "objective.tail: got 'stop_gradient' with entry_clip"),
         ({"preset": "gkd", "horizon": 2}, "objective.horizon"),
         ({"preset": "gkd", "correction": {"kind": "ppo"}}, "objective.correction"),
