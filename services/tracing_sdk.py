@@ -41,6 +41,8 @@ _CALLERS = frozenset(
         "CANCELLED",
     }
 )
+# A step ends for all its groups at once, so OpenTelemetry's 2,048 would not hold the spans of a large one.
+_WAITING_SPANS = 8_192
 _EXPORTER_LOG = "opentelemetry.exporter.otlp.proto.grpc.exporter"
 
 _log = structlog.get_logger(__name__)
@@ -55,12 +57,13 @@ class Tracer:
         self._provider = TracerProvider(
             id_generator=self._ids, resource=_resource(service, instance), shutdown_on_exit=False
         )
-        self._provider.add_span_processor(BatchSpanProcessor(self._exporter))
+        size = None if os.environ.get("OTEL_BSP_MAX_QUEUE_SIZE") else _WAITING_SPANS
+        self._provider.add_span_processor(BatchSpanProcessor(self._exporter, max_queue_size=size))
         self._tracer = self._provider.get_tracer("tutelage")
 
     def stop(self, seconds: float) -> None:
         """Send what is left; what cannot be sent in time is lost."""
-        # OpenTelemetry's own shutdown looks only every three seconds whether a running export is over.
+        # OpenTelemetry's own shutdown would wait half a minute for a collector that is away.
         sending = threading.Thread(target=self._provider.force_flush, name="last-spans", daemon=True)
         sending.start()
         sending.join(seconds)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,17 +93,19 @@ async def _round(url: str) -> Run:
         puller = Puller(core, queue, consumer="bench", concurrency=CONCURRENCY)
         began, used = time.perf_counter(), time.process_time()
         pulling = asyncio.create_task(puller.run())
-        while _committed(core) < JOBS:  # noqa: ASYNC110 - a count is no event
+        while (outcomes := _outcomes(core)).total() < JOBS and not pulling.done():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
         run = Run((time.perf_counter() - began) / JOBS, (time.process_time() - used) / JOBS)
         puller.stop()
         await pulling
+    if outcomes["committed"] != JOBS:
+        raise RuntimeError(f"of {JOBS} jobs: {dict(outcomes)}")
     return run
 
 
-def _committed(core: ScoringCore) -> float:
+def _outcomes(core: ScoringCore) -> Counter[str]:
     samples = core.metrics.queue_jobs.collect()[0].samples
-    return sum(s.value for s in samples if s.name.endswith("_total") and s.labels["outcome"] == "committed")
+    return Counter({s.labels["outcome"]: int(s.value) for s in samples if s.name.endswith("_total")})
 
 
 def _job(index: int) -> tuple[Group, list[ViewRequest]]:

@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -64,6 +65,20 @@ def test_a_grpc_call_joins_the_callers_trace_and_says_what_the_engine_did(
     assert engine.attributes["tutelage.sequences"] == 4
     assert engine.attributes["tutelage.positions"] == 12
     assert engine.attributes["tutelage.tokens_computed"] == 15
+
+
+def test_what_a_caller_did_wrong_is_told_and_is_no_error_of_the_server(
+    collector: Collector, teacher: TeacherProcess
+) -> None:
+    with TeacherClient(teacher.grpc, retry=ONCE) as client:
+        for request in (replace(REQUEST, teacher="other"), replace(REQUEST, sequences=())):
+            with pytest.raises(TutelageError):
+                client.score_request(request)
+    calls = arrived(collector, f"{SERVICE}/Score", 2)
+    codes = ["NOT_FOUND", "INVALID_ARGUMENT"]
+    assert [call.attributes["rpc.response.status_code"] for call in calls] == codes
+    assert [call.attributes["error.type"] for call in calls] == codes
+    assert [call.error for call in calls] == ["", ""]
 
 
 def test_a_stream_has_one_span_per_request_below_that_of_the_call(
@@ -294,6 +309,9 @@ def test_a_collector_that_comes_back_is_used_again(tmp_path: Path, monkeypatch: 
     with teacher_process(tmp_path / "t") as teacher, TeacherClient(teacher.grpc) as client:
         client.score_request(REQUEST)
         wait_until(lambda: "traces_not_sent" in teacher.log.read_text(), 15)
+        for _ in range(40):  # several exports that fail
+            client.score_request(REQUEST)
+            time.sleep(0.1)
         with Collector(int(endpoint.rpartition(":")[2])) as again:
             deadline = time.monotonic() + 20
             while not again.spans and time.monotonic() < deadline:
@@ -301,6 +319,7 @@ def test_a_collector_that_comes_back_is_used_again(tmp_path: Path, monkeypatch: 
                 time.sleep(0.1)
             assert again.spans
             wait_until(lambda: "traces_sent_again" in teacher.log.read_text(), 10)
+    assert teacher.log.read_text().count("traces_not_sent") == 1
 
 
 def test_what_was_not_sent_yet_is_sent_when_the_replica_drains(
