@@ -44,8 +44,8 @@ $(PROMETHEUS_READY): $(READY)
 	else \
 	  echo "Prometheus: Debian's package, into $(VENV)/prometheus"; \
 	  mkdir -p $(VENV)/prometheus && cd $(VENV)/prometheus && rm -f prometheus_*.deb && \
-	  { apt-get download -qq prometheus 2> /dev/null || \
-	    { apt-get update -qq && apt-get download -qq prometheus; }; } && \
+	  { apt-get download -qq -o APT::Sandbox::User=root prometheus 2> /dev/null || \
+	    { apt-get update -qq && apt-get download -qq -o APT::Sandbox::User=root prometheus; }; } && \
 	  dpkg -x prometheus_*.deb . && rm -f prometheus_*.deb && touch $(abspath $(PROMETHEUS_READY)) || \
 	  echo "Prometheus: not to be had here; its tests are skipped"; \
 	fi
