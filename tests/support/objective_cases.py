@@ -122,7 +122,22 @@ def view_rows() -> list[dict[str, Any]]:
     return [*sampled, *({"estimator": "pathwise", **row} for row in pathwise)]
 
 
-ROWS = sampled_rows() + pathwise_rows() + view_rows()
+def weight_rows() -> list[dict[str, Any]]:
+    """Factors of a position's loss."""
+    top_k: dict[str, Any] = {"estimator": "pathwise", "support": "union", "tail": "bucket"}
+    full: dict[str, Any] = {"estimator": "pathwise", "support": "full"}
+    both = {"surprise": True, "teacher_entropy": True}
+    return [
+        {"weights": {"rollout_cap": 1.2}},
+        {"weights": {"rollout_cap": 1.2}, "correction": PPO, "mix": "add"},
+        {**full, "weights": {"surprise": True, "rollout_cap": 1.2}, "divergence": "jsd"},
+        {**full, "weights": {"rollout_cap": 1.2}, "correction": CAPPED, "mix": "add"},
+        *({**top_k, "tail": tail, "weights": both} for tail in TAILS),
+        {**top_k, "weights": {**both, "rollout_cap": 1.2}, "mix": "add"},
+    ]
+
+
+ROWS = sampled_rows() + pathwise_rows() + view_rows() + weight_rows()
 
 
 FIXED = {
@@ -203,6 +218,10 @@ def plain_row(
 ) -> Tensor:
     y = batch.sampled_ids[t]
     log_ratio = log_p[y] - batch.behaviour_logprobs[t]
+    rollout = 1.0
+    if plan.weights.rollout_cap is not None:
+        rollout = log_ratio.detach().exp().clamp(max=plan.weights.rollout_cap)
+        log_ratio = log_p[y] - log_p[y].detach()
     reward = batch.reward_advantage[t] if plan.needs_reward and batch.reward_advantage is not None else None
     by_reward = plan.mix == "route" and reward is not None and bool(reward != 0)
     distill = 0.0 if by_reward or not plan.needs_teacher else plan.distill_coefficient
@@ -213,15 +232,18 @@ def plain_row(
         for factor, log_q_y in weighed(plan, scored) if distill else []:
             u = (log_q_y - batch.behaviour_logprobs[t]).exp()
             advantage = advantage + distill * factor * sampled_advantage(plan, u)
-        return plain_surrogate(plan, log_p[y], log_ratio, advantage)
+        return rollout * plain_surrogate(plan, log_p[y], log_ratio, advantage)
     value = torch.zeros_like(log_p[y])
     if distill:
         value = distill * plain_divergence(plan, batch, t, log_p, log_q)
         if plan.correction.kind == "importance":
             value = value * log_ratio.detach().exp().clamp(max=plan.correction.cap)
+        if plan.weights.surprise:
+            value = value * (1 - log_p[y].detach().exp())
+    value = rollout * value
     if reward is None:
         return value
-    return value + plain_surrogate(plan, log_p[y], log_ratio, paid)
+    return value + rollout * plain_surrogate(plan, log_p[y], log_ratio, paid)
 
 
 def sampled_advantage(plan: Plan, u: Tensor) -> Tensor:
@@ -307,13 +329,17 @@ def in_tail(plan: Plan, x: Tensor) -> Tensor:
 def plain_truncated(plan: Plan, s: Tensor, q: Tensor) -> Tensor:
     """The divergence between log p at the support and a target that is already as the tail wants it."""
     s = in_tail(plan, s)
+    inside = q[: len(q) - 1] if plan.tail == "bucket" else q
     value = clipped_share(plan, s, q).sum()
     if plan.tail in ("stop_gradient", "stop_gradient_mean"):
         if plan.divergence == "kl_student_teacher":
             value = -(s.exp() * (q - s.detach())).sum()
         if plan.divergence == "kl_teacher_student":
             value = (q.exp() * (q - s) + s.exp() - s.detach().exp()).sum()
-    return value / s.detach().exp().sum() if plan.tail == "stop_gradient_mean" else value
+    if plan.tail == "stop_gradient_mean":
+        value = value / s.detach().exp().sum()
+    normal = inside.log_softmax(-1)
+    return value * -(normal.exp() * normal).sum() if plan.weights.teacher_entropy else value
 
 
 def clipped_share(plan: Plan, s: Tensor, t: Tensor) -> Tensor:

@@ -175,6 +175,25 @@ def test_sampled_log_linear_needs_no_normaliser_for_kl_student_teacher_and_does_
     assert torch.cosine_similarity(wrong, right, dim=0) < 0.99
 
 
+def test_the_constant_of_a_log_linear_target_cancels_under_the_student_only() -> None:
+    """Off-policy it is a bias, which uncapped importance weights take away again."""
+    logits = random_logits(1, 25)[0]
+    log_mu = (logits + 0.7 * random_logits(1, 26)[0]).log_softmax(-1)
+    log_qs = {name: q[0] for name, q in teachers(1, 27, "ab").items()}
+    shifted = {**log_qs, "a": log_qs["a"] + 0.8}
+
+    def moved_by_constant(mu: Tensor, correction: dict[str, Any]) -> float:
+        plan = make_plan(views=views({"a": 1.25, "b": -0.25}), correction=correction)
+        here, there = (expected_gradient(plan, logits, mu, scores_) for scores_ in (log_qs, shifted))
+        return float((here - there).abs().max())
+
+    none, whole, capped = {"kind": "none"}, {"kind": "importance"}, {"kind": "importance", "cap": 1.2}
+    assert moved_by_constant(logits.log_softmax(-1), none) < 1e-12
+    assert moved_by_constant(log_mu, whole) < 1e-12
+    assert moved_by_constant(log_mu, none) > 1e-2
+    assert moved_by_constant(log_mu, capped) > 1e-2
+
+
 @pytest.mark.parametrize(
     "settings",
     [
