@@ -71,8 +71,8 @@ class LossOutput:
     `metrics` are sums (divide by `metrics["positions"]`), so that micro-batches and ranks add up:
     positions, dropped_teacher, dropped_behaviour, dropped_reward, student_logprob, entropy and, as the
     plan has them, advantage, ratio, ratio_clipped, rollout_weight; over the `distilled` positions of a
-    pathwise plan divergence, student_mass, teacher_mass; over the `monitored` positions, where views carry log q(y),
-    teacher_logprob and sampled_kl (log p(y) − log q(y)).
+    pathwise plan divergence, student_mass, teacher_mass; over the `monitored` positions, where views
+    carry log q(y), teacher_logprob and sampled_kl (log p(y) − log q(y)).
     `per_token`, when asked for, holds f32 [T] arrays, NaN where a position was not trained on;
     "student_logprob" is always among them.
     """
