@@ -24,16 +24,22 @@ evaluation_prompts = 4
 checkpoint_every = 5
 """
 MEMORY_LIMIT = 1 << 30
-START_SECONDS = 90.0
+VLLM_OPTIONS = ("--max-model-len", "64", "--kv-cache-memory-bytes", str(1 << 26), "--enforce-eager")
+START_SECONDS = 150.0
 
 
 class WatchedRun:
-    """Teacher, sampler, trainer and exporter at work in `directory`; all of them end with the context."""
+    """Teacher, sampler, trainer and exporter at work in `directory`; all of them end with the context.
 
-    def __init__(self, directory: Path) -> None:
+    Args:
+        engine: of the teacher, transformers or vllm.
+    """
+
+    def __init__(self, directory: Path, engine: str = "transformers") -> None:
         models = directory / "models"
         for seed, name in enumerate(("teacher", "student")):
-            write_model(models / name, seed)
+            write_model(models / name, seed, head_dim=32 if engine == "vllm" else 16)
+        self._engine_options = ["--engine", engine, *(VLLM_OPTIONS if engine == "vllm" else ())]
         (directory / "queue").mkdir()
         self._server = EmbeddedServer(directory / "queue", dies_with_parent=True)
         self.token = "a-token-of-this-test"
@@ -89,6 +95,7 @@ class WatchedRun:
         teacher = ["--name", "big", "--model", str(self._model), "--dtype", "float32", "--queue", url]
         teacher += ["--heartbeat-seconds", heartbeat, "--grpc-port", "0", "--http-port", "0"]
         teacher += ["--metrics-port", port["teacher"], "--token-file", token]
+        teacher += self._engine_options
         self._start("teacher", *teacher, "--ready-file", str(self._ready_file))
         exporter = ["--queue", url, "--port", port["exporter"], "--token-file", token]
         self._start("exporter", *exporter, "--heartbeat-seconds", heartbeat)
