@@ -49,7 +49,7 @@ def measure(rounds: int) -> None:
     log_to_stderr(logging.WARNING)
     with (
         tempfile.TemporaryDirectory() as directory,
-        EmbeddedServer(Path(directory)) as server,
+        EmbeddedServer(Path(directory), dies_with_parent=True) as server,
         _sink() as sink,
     ):
         asyncio.run(_round(server.url))
