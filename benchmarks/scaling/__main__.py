@@ -18,7 +18,7 @@ from benchmarks.scaling.simulation import Simulation
 def main() -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.scaling", description=__doc__)
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
-    parser.add_argument("--seconds", type=float, default=600.0, help="real seconds that a day takes")
+    parser.add_argument("--seconds", type=float, default=480.0, help="real seconds that a day takes")
     parser.add_argument("--quick", action="store_true", help="forty minutes, nothing recorded")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(

@@ -133,6 +133,7 @@ class Simulation:
             setup.load, rate=setup.rate / setup.unit, mean_tokens=setup.mean_units, seed=setup.seed
         )
         self._at: dict[int, Arrival] = {}
+        self._over = False
 
     async def run(self) -> Day:
         """From the first arrival until every group is scored and every replica has gone."""
@@ -175,6 +176,8 @@ class Simulation:
                 asyncio.create_task(asyncio.sleep(max(0.3, rest / self._setup.factor))), others
             )
         finally:
+            # Python 3.11's wait_for, which redis-py sends with, can swallow a cancellation.
+            self._over = True
             for task in others:
                 task.cancel()
             await asyncio.gather(*others, return_exceptions=True)
@@ -210,7 +213,7 @@ class Simulation:
     async def _collect(self, queue: Queue) -> None:
         """As a trainer: read, check, acknowledge."""
         day, reader = self._day, queue.scored(RUN)
-        while True:
+        while not self._over:
             groups = await reader.read(64, 200)
             now = self.now()
             for scored in groups:
@@ -227,7 +230,7 @@ class Simulation:
         autoscaler, meter, at, next_sync = build_autoscaler(setup), Meter(queue, setup.unit), 0.0, 0.0
         fleet.scale(setup.rule.minimum if isinstance(setup.rule, HpaRule) else 0)
         async with contextlib.aclosing(meter):
-            while True:
+            while not self._over:
                 values, now = await meter.read(), self.now()
                 demand = setup.load.demand(now) if now < setup.load.seconds else 0.0
                 living = len(fleet.living())
@@ -262,7 +265,7 @@ class Simulation:
         await asyncio.Event().wait()
 
     async def _watch_processors(self, fleet: Fleet, server: int) -> None:
-        while True:
+        while not self._over:
             used = time.process_time() + process_cpu_seconds(server) + fleet.cpu_seconds()
             self._day.busy.append(os.getloadavg()[0])
             self._day.cpu.append((time.monotonic() - self._day.began, used))
