@@ -1,5 +1,4 @@
-"""Makes the secrets of a stack once: the queue's password, its address with it, a token of the teachers, and the
-password of Grafana's admin.
+"""Makes the secrets of a stack once: the queue's password and address, a token, Grafana's password.
 
 python -m launcher.stack_secrets DIRECTORY --queue HOST:PORT
 
