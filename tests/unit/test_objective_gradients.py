@@ -77,7 +77,7 @@ def test_unbiased_tails_rest_where_student_equals_teacher_and_raw_kl_does_not(
     logits = random_logits(4, 5)
     log_q = logits.log_softmax(-1)
     ids = support_of(support, logits, log_q, 3)
-    for tail in TAILS:
+    for tail in (*TAILS, "stop_gradient_mean"):
         plan = make_plan(**row, estimator="pathwise", support=support, tail=tail, k=3, monitor=False)
         largest = pathwise_gradient(plan, logits, log_q, ids).abs().max()
         if tail == "raw" and row["divergence"] in ("kl_student_teacher", "kl_teacher_student"):
@@ -202,6 +202,18 @@ def test_stopped_forward_kl_points_away_from_the_teacher() -> None:
         )
         cosines.append(float(torch.cosine_similarity(stopped, exact, dim=0)))
     assert max(cosines) < -0.5
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS, ids=str)
+def test_rollout_weight_changes_nothing_on_policy(correction: dict[str, Any]) -> None:
+    logits, log_q = random_logits(1, 14)[0], random_logits(1, 15)[0].log_softmax(-1)
+    plan, plain = (
+        make_plan(correction=correction, **more) for more in ({"weights": {"rollout_cap": 1.01}}, {})
+    )
+    gradients = [
+        expected_gradient(one, logits, logits.log_softmax(-1), {"teacher": log_q}) for one in (plan, plain)
+    ]
+    torch.testing.assert_close(gradients[0], gradients[1])
 
 
 def off_policy(seed: int) -> tuple[Tensor, Tensor, Tensor]:
