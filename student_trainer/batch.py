@@ -5,8 +5,9 @@ Shapes: T response positions of a micro-batch, K support ids, B rollouts, P prom
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -40,16 +41,20 @@ class MicroBatch:
     members: tuple[Member, ...]  # in the order of the packed positions
 
 
-def pack_step(groups: Sequence[TrainingGroup], plan: Plan, max_tokens: int) -> list[MicroBatch]:
+def pack_step(
+    groups: Sequence[TrainingGroup], plan: Plan, max_tokens: int, *, shares: int = 1
+) -> list[MicroBatch]:
     """Micro-batches of one optimizer step; the sum of their losses is the step's mean loss.
 
     A prompt is packed once for all its rollouts. A group larger than `max_tokens` is cut between
-    rollouts; a single rollout larger than that gets a micro-batch of its own.
+    rollouts; a single rollout larger than that gets a micro-batch of its own. With several `shares`,
+    to be trained side by side, micro-batches are of about one size and, where there are rollouts
+    enough, a multiple of `shares`.
 
     Returns:
         An empty list when no position of the step can be trained on.
     """
-    parts = list(_cut(groups, plan, max_tokens))
+    parts = _cut(groups, plan, max_tokens, shares)
     masks = [_mask(part, plan) for part in parts]
     lengths = [torch.tensor([member.rollout.length for member in part]) for part in parts]
     total_tokens = sum(int(mask.sum()) for mask in masks)
@@ -74,20 +79,74 @@ def pack_step(groups: Sequence[TrainingGroup], plan: Plan, max_tokens: int) -> l
     ]  # fmt: skip
 
 
-def _cut(groups: Sequence[TrainingGroup], plan: Plan, max_tokens: int) -> Iterator[list[Member]]:
+def deal(micro_batches: Sequence[MicroBatch], world: int) -> list[list[int]]:
+    """Which micro-batches each rank trains, by number and in order; their tokens are balanced.
+
+    The largest go first, one to every rank in turn, beginning with the rank that has least so far.
+    """
+    sizes = [micro_batch.layout.num_rows for micro_batch in micro_batches]
+    largest_first = sorted(range(len(sizes)), key=lambda number: -sizes[number])
+    shares: list[list[int]] = [[] for _ in range(world)]
+    for start in range(0, len(sizes), world):
+        least_first = sorted(shares, key=lambda share: sum(sizes[number] for number in share))
+        for share, number in zip(least_first, largest_first[start : start + world], strict=False):
+            share.append(number)
+    return [sorted(share) for share in shares]
+
+
+def idle_batch(micro_batch: MicroBatch) -> MicroBatch:
+    """One token of it that is not trained on: for a rank without rows, which takes part all the same."""
+    first = micro_batch.layout.input_ids[:1].numpy()
+    tokens = micro_batch.tokens
+    views = {
+        view: ViewTensors(**{f.name: _first(getattr(scores, f.name)) for f in fields(ViewTensors)})
+        for view, scores in tokens.views.items()
+    }
+    return MicroBatch(
+        layout=build_layout([first], [(0, first)]),
+        tokens=TokenBatch(
+            sampled_ids=tokens.sampled_ids[:1].clone(),
+            behaviour_logprobs=tokens.behaviour_logprobs[:1].clone(),
+            mask=torch.zeros(1, dtype=torch.bool),
+            weight=torch.zeros(1),
+            views=views,
+            reward_advantage=_first(tokens.reward_advantage),
+            sequence_lengths=torch.ones(1, dtype=torch.int64),
+        ),
+        members=(),
+    )
+
+
+def _first(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor[:1].clone()
+
+
+def _cut(groups: Sequence[TrainingGroup], plan: Plan, max_tokens: int, shares: int) -> list[list[Member]]:
     """Consecutive rollouts up to the token budget, a prompt counted once per micro-batch."""
-    part: list[Member] = []
+    members = [member for group in groups for member in _members(group, plan)]
+    starts = _starts(members, max_tokens)
+    if shares > 1:
+        wanted = -(-len(starts) // shares) * shares
+        # The smallest budget that needs no more micro-batches: the largest is then as small as can be.
+        fair = 1 + bisect_left(
+            range(1, max_tokens), True, key=lambda budget: len(_starts(members, budget)) <= wanted
+        )
+        starts = _starts(members, fair)
+    return [members[start:end] for start, end in zip(starts, [*starts[1:], len(members)], strict=True)]
+
+
+def _starts(members: Sequence[Member], max_tokens: int) -> list[int]:
+    """Where each micro-batch begins."""
+    starts: list[int] = []
     used = 0
-    for group in groups:
-        for member in _members(group, plan):
-            prompt = 0 if part and part[-1].group is group else len(group.prompt_ids)
-            if part and used + prompt + member.rollout.length > max_tokens:
-                yield part
-                part, used, prompt = [], 0, len(group.prompt_ids)
-            part.append(member)
-            used += prompt + member.rollout.length
-    if part:
-        yield part
+    for place, member in enumerate(members):
+        again = place > 0 and members[place - 1].group is member.group
+        cost = member.rollout.length + (0 if again else len(member.group.prompt_ids))
+        if not starts or used + cost > max_tokens:
+            starts.append(place)
+            used, cost = 0, member.rollout.length + len(member.group.prompt_ids)
+        used += cost
+    return starts
 
 
 def _members(group: TrainingGroup, plan: Plan) -> list[Member]:

@@ -1,8 +1,8 @@
 """Checkpoints: tensors, random states and ledger of one step, in one directory that appears whole.
 
-Tensors go through torch's distributed checkpointing into safetensors files, so nothing is pickled
-and sharded parameters can be saved by the same calls. A manifest of sizes and SHA-256 sums tells
-a damaged checkpoint from a good one before anything is loaded from it.
+Tensors go through torch's distributed checkpointing into safetensors files, so nothing is pickled.
+Every rank writes what it holds, and a run may continue with another number of ranks. A manifest of
+sizes and SHA-256 sums tells a damaged checkpoint from a good one before anything is loaded from it.
 """
 
 from __future__ import annotations
@@ -11,22 +11,28 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
+from tutelage_client.errors import TutelageError
 
 from student_trainer.durable import atomic_directory, remove_directory, sweep_leftovers
 from student_trainer.ledger import Ledger
+from student_trainer.ranks import ALONE, Ranks
 
 _NAME = re.compile(r"step-(\d{8,})")
 _LEDGER = "ledger.json"
 _MANIFEST = "manifest.json"
+
+FileEntries = dict[str, dict[str, int | str]]  # of a manifest: bytes and sha256 by name
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +41,11 @@ class Checkpoint:
 
     path: Path
     ledger: Ledger
+
+    @classmethod
+    def read(cls, path: Path) -> Checkpoint:
+        """One that is known to be whole."""
+        return cls(path, Ledger.from_json((path / _LEDGER).read_text()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +59,22 @@ class Damaged:
 class CheckpointStore:
     """The checkpoints of one run, RUN_DIR/checkpoints/step-00000050/."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, ranks: Ranks = ALONE) -> None:
         self.directory = directory
+        self._ranks = ranks
 
     def save(self, tensors: Mapping[str, torch.Tensor], ledger: Ledger) -> Path:
-        """Write a checkpoint of `ledger.step`; when this returns it survives a power failure."""
+        """Write a checkpoint of `ledger.step`; when this returns it survives a power failure.
+
+        On rank 0; the others `write_part`, and the directory gets its name when all have.
+        """
         final = self.directory / f"step-{ledger.step:08d}"
         with atomic_directory(final) as temporary:
-            _write_tensors(temporary, tensors)
+            self._ranks.tell("save", directory=str(temporary))
+            described = write_part(temporary, tensors, self._ranks)
             (temporary / _LEDGER).write_text(ledger.to_json())
-            (temporary / _MANIFEST).write_text(json.dumps(_describe_files(temporary), indent=1))
+            described |= _describe([temporary / _LEDGER])
+            (temporary / _MANIFEST).write_text(json.dumps(dict(sorted(described.items())), indent=1))
         return final
 
     def steps(self) -> list[int]:
@@ -77,7 +94,7 @@ class CheckpointStore:
         for step in reversed(self.steps()):
             path = self.directory / f"step-{step:08d}"
             if (reason := find_damage(path)) is None:
-                return Checkpoint(path, Ledger.from_json((path / _LEDGER).read_text())), damaged
+                return Checkpoint.read(path), damaged
             damaged.append(Damaged(path, reason))
         return None, damaged
 
@@ -140,9 +157,44 @@ def find_damage(path: Path) -> str | None:
     return None
 
 
-def _write_tensors(directory: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    with _single_process():
-        save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(directory)), no_dist=True)
+def write_part(directory: Path, tensors: Mapping[str, torch.Tensor], ranks: Ranks) -> FileEntries:
+    """Write what this rank holds into a checkpoint's directory, and sync it.
+
+    Returns:
+        The files of all ranks, on rank 0.
+    """
+    if ranks.alone:
+        with _single_process():
+            save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(directory)), no_dist=True)
+        return _describe(directory.iterdir())
+    if not directory.is_dir():
+        raise TutelageError(
+            "FAILED_PRECONDITION",
+            f"run.directory: rank {ranks.rank} does not see {directory}, which rank 0 has made; the run "
+            "directory must be on a volume that all nodes share",
+        )
+    _write_shards(directory, tensors, ranks.rank)
+    own = _describe(directory.glob(f"shard-{ranks.rank + 1:05d}-*"))
+    described: FileEntries = {}
+    for part in ranks.collect(json.dumps(own).encode()):
+        described |= json.loads(part)
+    return described
+
+
+def _write_shards(directory: Path, tensors: Mapping[str, torch.Tensor], rank: int) -> None:
+    """Plan and write by the same parts of DCP that `save` uses.
+
+    `save` itself would have the ranks exchange their plans as pickles. They need not: which piece of
+    a tensor a rank holds follows from the tensor, and what every rank holds is written by rank 0.
+    """
+    held = {name: t for name, t in tensors.items() if rank == 0 or isinstance(t, DTensor)}
+    writer = HuggingFaceStorageWriter(str(directory), save_distributed=True)
+    writer.set_up_storage_writer(rank == 0)
+    planner = DefaultSavePlanner()
+    planner.set_up_planner(held, is_coordinator=rank == 0)
+    plan = writer.prepare_local_plan(planner.create_local_plan())
+    plan = planner.finish_plan(replace(plan, storage_data={"shard_index": rank + 1}))
+    writer.write_data(plan, planner).wait()
 
 
 @contextmanager
@@ -153,8 +205,7 @@ def _single_process() -> Iterator[None]:
         yield
 
 
-def _describe_files(directory: Path) -> dict[str, dict[str, int | str]]:
-    files = sorted(path for path in directory.iterdir() if path.is_file())
+def _describe(files: Iterable[Path]) -> FileEntries:
     return {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
 
 

@@ -182,6 +182,11 @@ class TrainingSettings(_Section):
         10, ge=0, description="steps between rollouts written for the report, from the first on; 0: never"
     )
     sample_groups: int = Field(4, ge=1, description="groups written each time")
+    rank_timeout_seconds: float = Field(
+        600.0,
+        gt=0.0,
+        description="how long a process of `torchrun` waits for another one before it gives up and ends",
+    )
     trackers: tuple[Tracker, ...] = Field(
         ("tensorboard",),
         description='where metrics go besides the console and metrics.jsonl: "tensorboard", '

@@ -8,7 +8,7 @@ from typing import Any
 import structlog
 from tutelage_client.errors import TutelageError
 
-from student_trainer.checkpoint import CheckpointStore, load_tensors
+from student_trainer.checkpoint import CheckpointStore
 from student_trainer.config import RunConfig
 from student_trainer.learner import Learner
 from student_trainer.ledger import Ledger
@@ -41,12 +41,7 @@ def restore(config: RunConfig, checkpoints: CheckpointStore, learner: Learner) -
         ledger.lineage = continued((), 0)
         return ledger
     _check_same_run(fixed, checkpoint.ledger, checkpoints)
-    tensors = learner.state_tensors()
-    try:
-        load_tensors(checkpoint, tensors)
-    except ValueError as error:
-        raise _precondition(str(error)) from error
-    learner.restore_random_state(tensors)
+    learner.load(checkpoint)
     for skipped in damaged:
         aside = checkpoints.set_aside(skipped)
         log.warning("checkpoint is damaged and skipped", moved_to=str(aside), reason=skipped.reason)

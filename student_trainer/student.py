@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from services.models.fingerprint import tokenizer_fingerprint
 from services.models.load import DTYPES, load_causal_lm
@@ -36,11 +37,25 @@ class Student:
         """Trained parameters by name, each once (tied weights have one name)."""
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
+    @torch.no_grad()
+    def weights(self, *, keep: bool = True) -> dict[str, Tensor]:
+        """Weights of the whole model in `dtype`, adapters merged in.
+
+        Of a model that is spread over several ranks, all ranks call this together; those that do not
+        `keep` the weights get an empty dictionary.
+        """
+        state = _merged(self.model) if self.lora else self.model.state_dict(keep_vars=True)
+        return _whole(state, self.dtype, keep)
+
+    def adapter(self, *, keep: bool = True) -> dict[str, Tensor]:
+        """The adapters' own weights by name, whole; of several ranks, all call this together."""
+        state = self.model.state_dict(keep_vars=True)
+        return _whole({name: t for name, t in state.items() if "lora_" in name}, None, keep)
+
     def export(self, directory: Path) -> None:
         """Write a Hugging Face directory that `from_pretrained` loads; adapters are merged in."""
         inner = self.model.get_base_model() if self.lora else self.model
-        state = _merged(self.model) if self.lora else inner.state_dict()
-        inner.save_pretrained(directory, state_dict=_cast(state, self.dtype))
+        inner.save_pretrained(directory, state_dict=self.weights())
         if self.dtype != inner.dtype:
             _declare_dtype(directory / "config.json", self.dtype)
         if self.tokenizer is not None:
@@ -48,7 +63,7 @@ class Student:
 
     def export_adapter(self, directory: Path) -> None:
         """Write the adapters alone, as PEFT loads them."""
-        self.model.save_pretrained(directory)
+        self.model.save_pretrained(directory, state_dict=self.adapter())
 
 
 def load_student(settings: StudentSettings) -> Student:
@@ -109,7 +124,7 @@ def _merged(model: Any) -> dict[str, Tensor]:
         if isinstance(module, LoraLayer)
     }
     merged: dict[str, Tensor] = {}
-    for key, tensor in base.state_dict().items():
+    for key, tensor in base.state_dict(keep_vars=True).items():
         if ".lora_" in key:
             continue
         name = key.replace(".base_layer.", ".")
@@ -127,13 +142,25 @@ def _declare_dtype(config: Path, dtype: torch.dtype) -> None:
     config.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
 
 
-def _cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Floating tensors in `dtype`; tensors that share storage still do, so that ties stay ties."""
-    cast: dict[tuple[int, torch.Size], Tensor] = {}
+def _whole(state: dict[str, Tensor], dtype: torch.dtype | None, keep: bool) -> dict[str, Tensor]:
+    """Floating tensors in `dtype` (None: their own), shards put together on the CPU.
+
+    Tensors that share storage still do, so that ties stay ties.
+    """
+    made: dict[tuple[int, torch.Size], Tensor | None] = {}
     result: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        key = (tensor.data_ptr(), tensor.shape)
-        if key not in cast:
-            cast[key] = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
-        result[name] = cast[key]
+        sharded = isinstance(tensor, DTensor)
+        key = (id(tensor) if sharded else tensor.data_ptr(), tensor.shape)
+        if key not in made:
+            made[key] = _one_whole(tensor.detach(), dtype, keep)
+        if (whole := made[key]) is not None:
+            result[name] = whole
     return result
+
+
+def _one_whole(tensor: Tensor, dtype: torch.dtype | None, keep: bool) -> Tensor | None:
+    whole = tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+    if not keep:
+        return None
+    return whole.to(dtype) if dtype is not None and whole.is_floating_point() else whole

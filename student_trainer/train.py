@@ -1,4 +1,4 @@
-"""The trainer process: parse, build, train, close."""
+"""The trainer process: parse, build, train, close. Under torchrun rank 0 trains and the others follow it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from student_trainer.checkpoint import CheckpointStore
 from student_trainer.collect import Collector
 from student_trainer.config import RunConfig
 from student_trainer.evaluations import Evaluations
+from student_trainer.follower import follow
 from student_trainer.learner import Learner
 from student_trainer.metrics import open_trackers
 from student_trainer.objective.compile import Plan, compile_plan
 from student_trainer.pacing import Pacer
 from student_trainer.policy_store import PolicyStore
+from student_trainer.ranks import Ranks, accompany, join
 from student_trainer.recording import Recorder
 from student_trainer.resume import restore
 from student_trainer.run_queue import run_queue
@@ -43,21 +45,21 @@ def main(config: RunConfig) -> int:
         TutelageError: the run cannot go on; says what is wrong.
     """
     log_to_stderr()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise TutelageError(
-            "FAILED_PRECONDITION",
-            "WORLD_SIZE: torchrun started several processes; a run has one trainer, which is one process",
-        )
-    tracing.start("tutelage-trainer", config.run.name)
-    _configure_torch(config)
-    try:
-        asyncio.run(_train(config))
-    finally:
-        tracing.stop()
+    with join(config.student.device, config.training.rank_timeout_seconds) as ranks:
+        _configure_torch(config)
+        if not ranks.leads:
+            follow(_load_learner(config, _compile_plan(config), ranks), ranks)
+            return 0
+        tracing.start("tutelage-trainer", config.run.name)
+        try:
+            asyncio.run(_train(config, ranks))
+        finally:
+            tracing.stop()
+        ranks.tell("end")
     return 0
 
 
-async def _train(config: RunConfig) -> None:
+async def _train(config: RunConfig, ranks: Ranks) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -67,28 +69,25 @@ async def _train(config: RunConfig) -> None:
             StatusServer(config.metrics, config.run.name) as status,
         ):
             log.info("status port", address=status.address)
-            parts = await _build(config, queue, status, stop)
+            parts = await _build(config, queue, status, stop, ranks)
             log.info("training", **describe(parts))
             with closing(parts.recorder):
                 try:
-                    await Trainer(parts).run()
+                    await accompany(ranks, Trainer(parts).run(), stop)
                 except Exception as error:
                     await parts.recorder.status(f"failed: {error}", parts.ledger)
                     raise
 
 
-async def _build(config: RunConfig, queue: Queue, status: StatusServer, stop: asyncio.Event) -> Parts:
+async def _build(
+    config: RunConfig, queue: Queue, status: StatusServer, stop: asyncio.Event, ranks: Ranks
+) -> Parts:
     """Load the student, find where the run stands, and connect everything to it."""
-    plan = compile_plan(
-        config.objective,
-        student_temperature=config.sampling.temperature,
-        teachers=sorted(config.teachers),
-    )
+    plan = _compile_plan(config)
     for warning in plan.warnings:
         log.warning("objective", warning=warning)
-    student = load_student(config.student)
-    learner = Learner(student, plan, config.training)
-    checkpoints = CheckpointStore(config.run.directory / "checkpoints")
+    learner = _load_learner(config, plan, ranks)
+    checkpoints = CheckpointStore(config.run.directory / "checkpoints", ranks)
     ledger = restore(config, checkpoints, learner)
     await _check_queue(config, queue, ledger.run_id)
     policies = PolicyStore(config.run.directory / "policy")
@@ -109,7 +108,7 @@ async def _build(config: RunConfig, queue: Queue, status: StatusServer, stop: as
             pacer=pacer,
             watch=watch,
             ledger=ledger,
-            expected=_expectations(config, plan, student),
+            expected=_expectations(config, plan, learner.student),
             stop=stop,
         ),
         evaluations=Evaluations(queue, config, ledger, policies),
@@ -118,12 +117,27 @@ async def _build(config: RunConfig, queue: Queue, status: StatusServer, stop: as
             queue=queue,
             status=status,
             trackers=open_trackers(config, ledger.step),
-            tokenizer=student.tokenizer,
+            tokenizer=learner.student.tokenizer,
             ledger=ledger,
         ),
         watch=watch,
         stop=stop,
     )
+
+
+def _compile_plan(config: RunConfig) -> Plan:
+    return compile_plan(
+        config.objective,
+        student_temperature=config.sampling.temperature,
+        teachers=sorted(config.teachers),
+    )
+
+
+def _load_learner(config: RunConfig, plan: Plan, ranks: Ranks) -> Learner:
+    """The student as it was before training; of several ranks each keeps its shard."""
+    # On the CPU first: a GPU that shares the student's weights with others may not hold all of them.
+    settings = config.student if ranks.alone else config.student.model_copy(update={"device": "cpu"})
+    return Learner(load_student(settings), plan, config.training, ranks)
 
 
 def _expectations(config: RunConfig, plan: Plan, student: Student) -> Expectations:

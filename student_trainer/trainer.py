@@ -103,7 +103,7 @@ class Trainer:
         parts, version = self._parts, self._ledger.step
         parts.policies.discard_above(version)
         if parts.policies.get(version) is None:
-            parts.policies.publish(version, parts.learner.student.export, lineage=self._ledger.lineage)
+            parts.policies.publish(version, parts.learner.export, lineage=self._ledger.lineage)
         await parts.recorder.status("training", self._ledger)
         await parts.evaluations.order(resuming=True)
         await parts.pacer.place_ahead(version)
@@ -187,7 +187,7 @@ class Trainer:
         if self._checkpoint_is_due():
             await self._checkpoint()
         with tracing.span("publish", attributes={"tutelage.policy_version": version}):
-            parts.policies.publish(version, parts.learner.student.export, lineage=self._ledger.lineage)
+            parts.policies.publish(version, parts.learner.export, lineage=self._ledger.lineage)
             parts.policies.prune(self._oldest_needed(), pinned=self._ledger.pending_evaluations)
         await parts.pacer.place_ahead(version)
         await parts.evaluations.order()
@@ -253,10 +253,10 @@ class Trainer:
         parts = self._parts
         directory = parts.config.run.directory
         with atomic_directory(directory / "student") as temporary:
-            parts.learner.student.export(temporary)
+            parts.learner.export(temporary)
         if parts.learner.student.lora:
             with atomic_directory(directory / "adapter") as temporary:
-                parts.learner.student.export_adapter(temporary)
+                parts.learner.export_adapter(temporary)
         await parts.recorder.status("finished", self._ledger)
         log.info("finished", steps=self._ledger.step, student=str(directory / "student"))
 

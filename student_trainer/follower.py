@@ -1,0 +1,44 @@
+"""What every rank but the first does: whatever rank 0 does next, until it ends."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from types import FrameType
+
+from student_trainer.checkpoint import Checkpoint, write_part
+from student_trainer.learner import Learner
+from student_trainer.ranks import Ranks
+
+
+def follow(learner: Learner, ranks: Ranks) -> None:
+    """Take part until the leader says that the run ends, or stops.
+
+    SIGTERM and SIGINT are passed on to the leader: all ranks stop after the same step.
+    """
+    signals: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        signals.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, note)
+    while True:
+        told = ranks.hear()
+        match told["do"]:
+            case "beat":
+                ranks.collect(b"stop" if signals else b"")
+            case "step":
+                learner.assist(told["step"], traces=told["traces"])
+            case "load":
+                learner.load(Checkpoint.read(Path(told["path"])))
+            case "save":
+                write_part(Path(told["directory"]), learner.state_tensors(), ranks)
+            case "export":
+                learner.student.weights(keep=False)
+            case "export_adapter":
+                learner.student.adapter(keep=False)
+            case "end":
+                return
+            case unknown:
+                raise ValueError(f"rank 0 said {unknown!r}")
