@@ -6,9 +6,13 @@ import signal
 from pathlib import Path
 from types import FrameType
 
+import structlog
+
 from student_trainer.checkpoint import Checkpoint, write_part
 from student_trainer.learner import Learner
 from student_trainer.ranks import Ranks
+
+log = structlog.get_logger(__name__)
 
 
 def follow(learner: Learner, ranks: Ranks) -> None:
@@ -39,6 +43,7 @@ def follow(learner: Learner, ranks: Ranks) -> None:
             case "export_adapter":
                 learner.student.adapter(keep=False)
             case "end":
+                log.info("ended with rank 0", rank=ranks.rank)
                 return
             case unknown:
                 raise ValueError(f"rank 0 said {unknown!r}")

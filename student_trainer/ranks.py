@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import time
+import uuid
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 from tutelage_client.errors import TutelageError, invalid
 
 BEAT_SECONDS = 1.0  # how often a leader that waits for groups lets the others hear of it
@@ -114,9 +117,13 @@ def join(device: str, timeout_seconds: float) -> Iterator[Ranks]:
         )
     rank, chosen = int(os.environ["RANK"]), _device(device, int(os.environ["LOCAL_RANK"]))
     try:
+        timeout = timedelta(seconds=timeout_seconds)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
-            timeout=timedelta(seconds=timeout_seconds),
+            store=_store_of_this_start(rank, world, timeout),
+            rank=rank,
+            world_size=world,
+            timeout=timeout,
         )
         yield Ranks(rank, world, chosen)
     except RuntimeError as error:
@@ -154,6 +161,35 @@ async def _beat(ranks: Ranks, stop: asyncio.Event) -> None:
         ranks.tell("beat")
         if any(ranks.collect(b"")):
             stop.set()
+
+
+def _store_of_this_start(rank: int, world: int, timeout: timedelta) -> Any:
+    """A corner of torchrun's store where only the ranks of this start meet.
+
+    torchrun keeps its store when it starts the ranks again, and what those before left there (gloo's
+    addresses) would be taken for theirs. Rank 0 invents the corner's name and tells it to everybody
+    who asks under a name that nobody had before.
+    """
+    store, _, _ = next(rendezvous("env://", timeout=timeout))
+    if rank:
+        own = uuid.uuid4().hex
+        store.set(f"tutelage/rank/{rank}", own)
+        store.wait([f"tutelage/answer/{own}"], timeout)
+        corner = store.get(f"tutelage/answer/{own}").decode()
+        store.set(f"{corner}/here/{rank}", "")
+        return dist.PrefixStore(corner, store)  # type: ignore[attr-defined]
+    corner, deadline = f"tutelage/{uuid.uuid4().hex}", time.monotonic() + timeout.total_seconds()
+    missing = set(range(1, world))
+    while missing:
+        for other in missing:
+            if store.check([f"tutelage/rank/{other}"]):
+                asking = store.get(f"tutelage/rank/{other}").decode()
+                store.set(f"tutelage/answer/{asking}", corner)
+        missing = {other for other in missing if not store.check([f"{corner}/here/{other}"])}
+        if time.monotonic() > deadline:
+            raise dist.DistStoreError(f"ranks {sorted(missing)} did not come within {timeout}")
+        time.sleep(0.05)
+    return dist.PrefixStore(corner, store)  # type: ignore[attr-defined]
 
 
 def _device(name: str, local_rank: int) -> torch.device:

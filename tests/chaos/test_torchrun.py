@@ -1,0 +1,173 @@
+"""`torchrun -m launcher train` with two ranks: the run of one process, also when killed and stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from support.torchrun import Torchrun
+from support.training_run import Processes, TrainingRun, finish, start_server, wait_until, write_model
+
+STEPS, PER_STEP = 10, 8
+TRAINING = f"""
+steps = {STEPS}
+checkpoint_every = 3
+sample_every = 4
+evaluate_every = 5
+evaluation_prompts = 10
+epsilon = 1e-3
+rank_timeout_seconds = 60
+"""
+LORA = "[student.lora]\nrank = 3\n"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every run of this module shares."""
+
+    root: Path
+    url: str
+    processes: Processes
+
+    def run(self, name: str, student: str = "") -> TrainingRun:
+        return TrainingRun(
+            self.root, self.url, self.root, name=name, training=TRAINING, student_extra=student
+        )
+
+    def whole(self, name: str, student: str = "") -> TrainingRun:
+        """A run that one process made, without interruption."""
+        run = self.run(name, student)
+        sampler = self.processes.sampler(run)
+        finish(self.processes.trainer(run), run)
+        sampler.kill()
+        return run
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    root = tmp_path_factory.mktemp("torchrun")
+    write_model(root / "student", seed=1)
+    write_model(root / "teacher", seed=2)
+    server = start_server(root / "queue")
+    with Processes() as processes:
+        processes.teacher(server.url, root / "teacher", root / "teacher.log")
+        yield Bench(root, server.url, processes)
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def whole(bench: Bench) -> TrainingRun:
+    return bench.whole("whole")
+
+
+@pytest.fixture
+def started() -> Iterator[list[Torchrun]]:
+    jobs: list[Torchrun] = []
+    yield jobs
+    for job in jobs:
+        job.close()
+
+
+def same_up_to_rounding(run: TrainingRun, whole: TrainingRun) -> None:
+    assert run.steps() == list(range(1, STEPS + 1))
+    ledger = run.ledger()
+    assert ledger["applied"] == [[0, STEPS * PER_STEP]]
+    assert ledger["dropped"] == []
+    losses = [[r["loss"] for r in each.metrics() if "loss" in r] for each in (run, whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    expected, got = whole.weights(), run.weights()
+    assert expected.keys() == got.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(got[name], tensor, rtol=0, atol=1e-3, msg=name)
+
+
+def test_two_ranks_make_the_run_of_one_process(
+    bench: Bench, whole: TrainingRun, started: list[Torchrun]
+) -> None:
+    run = bench.run("ranks")
+    bench.processes.sampler(run)
+    started.append(Torchrun.start(run))
+    assert started[0].wait() == 0, started[0].log()
+    same_up_to_rounding(run, whole)
+    evaluations = [r["evaluation"]["policy_version"] for r in run.metrics() if "evaluation" in r]
+    assert sorted(evaluations) == [0, 5, 10]
+    assert {path.name for path in (run.directory / "samples").iterdir()} == {
+        f"step-{step:08d}.jsonl.gz" for step in (1, 4, 8)
+    }
+
+
+def test_killed_rank_is_started_again_and_a_stopped_run_goes_on_with_one_process(
+    bench: Bench, whole: TrainingRun, started: list[Torchrun]
+) -> None:
+    run = bench.run("killed")
+    bench.processes.sampler(run)
+    started.append(job := Torchrun.start(run, restarts=1))
+    wait_until(partial(job.reached, 4), 90.0, "step 4")
+    killed = job.rank(1)
+    os.kill(killed, signal.SIGKILL)
+    wait_until(lambda: "resumed" in run.log("torchrun"), 90.0, "another start")
+    assert "rank 0 of 2 lost another rank" in run.log("torchrun")
+    # torchrun signals every rank; one of them, on whatever node, is enough.
+    os.kill(job.rank(1), signal.SIGTERM)
+    assert job.wait() == 0, job.log()
+    assert run.log("torchrun").count("stopped; the same command continues the run") == 1, job.log()
+    assert run.ledger()["step"] < STEPS
+    finish(bench.processes.trainer(run), run)
+    same_up_to_rounding(run, whole)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_adapters_survive_whatever_ends_the_job(bench: Bench, started: list[Torchrun]) -> None:
+    run = bench.run("adapters", LORA)
+    bench.processes.sampler(run)
+
+    def start(past: int) -> Torchrun:
+        started.append(Torchrun.start(run))
+        wait_until(partial(started[-1].reached, past), 120.0, f"step {past}")
+        return started[-1]
+
+    job = start(1)
+    os.kill(job.rank(0), signal.SIGKILL)
+    assert job.wait() == 1, job.log()
+
+    job = start(3)
+    job.terminate()
+    job.wait()
+    assert "forcefully exiting" not in run.log("torchrun")
+    assert run.log("torchrun").count("ended with rank 0") == 1, job.log()
+    assert run.ledger()["step"] == max(run.steps())
+
+    job = start(5)
+    ranks = [job.rank(0), job.rank(1)]
+    job.process.kill()
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks), 30.0, "the ranks to follow")
+
+    assert start(STEPS - 1).wait() == 0
+    same_up_to_rounding(run, bench.whole("adapters-alone", LORA))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_rank_that_hangs_ends_the_job_within_the_time_limit(bench: Bench, started: list[Torchrun]) -> None:
+    run = bench.run("hanging")
+    run.file.write_text(run.file.read_text().replace("rank_timeout_seconds = 60", "rank_timeout_seconds = 5"))
+    bench.processes.sampler(run)
+    started.append(job := Torchrun.start(run))
+    wait_until(partial(job.reached, 2), 120.0, "step 2")
+    os.kill(job.rank(1), signal.SIGSTOP)
+    assert job.wait(60.0) == 1, job.log()  # torchrun gives the stopped rank half a minute to end
+    assert "rank 0 of 2 lost another rank" in run.log("torchrun")
+    assert finish_with(bench, run) == list(range(1, STEPS + 1))
+
+
+def finish_with(bench: Bench, run: TrainingRun) -> list[int]:
+    finish(bench.processes.trainer(run), run)
+    assert run.ledger()["applied"] == [[0, STEPS * PER_STEP]]
+    return run.steps()
