@@ -150,7 +150,13 @@ def test_trainer_and_sampler_start_with_what_they_are_given(
             metrics = started[-1].metrics
             port = metrics.trainer_port
             for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-                assert container[probe]["exec"]["command"][-1] == f"http://127.0.0.1:{port}/health"
+                # Of several pods one has the port, and each can ask the queue.
+                asked = (
+                    'launcher.health "$RUN_FILE" --trainer'
+                    if target == "torchrun"
+                    else (f"http://127.0.0.1:{port}/health")
+                )
+                assert container[probe]["exec"]["command"][-1].endswith(asked)
         else:
             config, name = started[-1]
             assert name == "some-pod-0"
@@ -234,12 +240,40 @@ def test_the_trainer_is_one_and_a_mistake_in_the_run_file_ends_its_job() -> None
         (trainer,) = (t for t in of_kind(target, "Job") if t["metadata"]["name"] == "tutelage-trainer")
         spec = trainer["spec"]
         assert spec["podReplacementPolicy"] == "Failed", "two trainers of one run at a time"
-        assert spec.get("parallelism", 1) == spec.get("completions", 1) == 1
+        nodes = 2 if target == "torchrun" else 1
+        assert spec.get("parallelism", 1) == spec.get("completions", 1) == nodes
         codes = [rule["onExitCodes"] for rule in spec["podFailurePolicy"]["rules"] if "onExitCodes" in rule]
         assert codes == [{"containerName": "trainer", "operator": "In", "values": [2]}]
-    (indexed,) = (t for t in of_kind("torchrun", "Job"))
-    assert indexed["spec"]["completionMode"] == "Indexed"
-    assert "--nnodes=1" in indexed["spec"]["template"]["spec"]["containers"][0]["command"]
+
+
+def test_torchrun_finds_all_of_its_nodes() -> None:
+    (job,) = of_kind("torchrun", "Job")
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    options, module = torchrun_parser(container["command"])
+    assert module == ["-m", "launcher"]
+    assert job["spec"]["completionMode"] == "Indexed"
+    assert int(options["--nnodes"]) == job["spec"]["completions"] == job["spec"]["parallelism"]
+    host, port = options["--rdzv-endpoint"].split(":")
+    (service,) = (t for t in of_kind("torchrun", "Service") if t["metadata"]["name"] == pod["subdomain"])
+    assert host == f"{job['metadata']['name']}-0.{pod['subdomain']}", "the first pod of an indexed Job"
+    assert service["spec"]["clusterIP"] == "None"
+    assert [p["containerPort"] for p in container["ports"]] == [int(port)]
+    assert int(options["--shutdown-timeout"]) < pod["terminationGracePeriodSeconds"]
+    (claim,) = of_kind("torchrun", "PersistentVolumeClaim")
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+
+
+def torchrun_parser(command: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Options of a torchrun command as torchrun itself understands them, and what it starts."""
+    from torch.distributed.run import get_args_parser
+
+    assert command[0] == "torchrun"
+    split = command.index("-m")
+    parsed, unknown = get_args_parser().parse_known_args([*command[1:], "train"])
+    assert not unknown
+    assert parsed.module
+    return dict(option.split("=", 1) for option in command[1:split]), command[split:]
 
 
 def test_several_teachers_live_side_by_side() -> None:
