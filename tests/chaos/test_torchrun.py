@@ -14,12 +14,12 @@ import torch
 from support.torchrun import Torchrun
 from support.training_run import Processes, TrainingRun, finish, start_server, wait_until, write_model
 
-STEPS, PER_STEP = 10, 8
+STEPS, PER_STEP = 20, 8
 TRAINING = f"""
 steps = {STEPS}
 checkpoint_every = 3
 sample_every = 4
-evaluate_every = 5
+evaluate_every = 10
 evaluation_prompts = 10
 epsilon = 1e-3
 rank_timeout_seconds = 60
@@ -96,9 +96,9 @@ def test_two_ranks_make_the_run_of_one_process(
     assert started[0].wait() == 0, started[0].log()
     same_up_to_rounding(run, whole)
     evaluations = [r["evaluation"]["policy_version"] for r in run.metrics() if "evaluation" in r]
-    assert sorted(evaluations) == [0, 5, 10]
+    assert sorted(evaluations) == [0, 10, 20]
     assert {path.name for path in (run.directory / "samples").iterdir()} == {
-        f"step-{step:08d}.jsonl.gz" for step in (1, 4, 8)
+        f"step-{step:08d}.jsonl.gz" for step in (1, *range(4, STEPS + 1, 4))
     }
 
 
@@ -137,14 +137,14 @@ def test_adapters_survive_whatever_ends_the_job(bench: Bench, started: list[Torc
     os.kill(job.rank(0), signal.SIGKILL)
     assert job.wait() == 1, job.log()
 
-    job = start(3)
+    job = start(5)
     job.terminate()
     job.wait()
     assert "forcefully exiting" not in run.log("torchrun")
     assert run.log("torchrun").count("ended with rank 0") == 1, job.log()
     assert run.ledger()["step"] == max(run.steps())
 
-    job = start(5)
+    job = start(10)
     ranks = [job.rank(0), job.rank(1)]
     job.process.kill()
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks), 30.0, "the ranks to follow")

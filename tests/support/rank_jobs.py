@@ -98,7 +98,9 @@ def run_alone(job: Job, models: Path, out: Path) -> Result:
     return Result(out)
 
 
-def run_together(jobs: list[Job], models: Path, out: Path, world: int = 2) -> dict[str, Result]:
+def run_together(
+    jobs: list[Job], models: Path, out: Path, world: int = 2, device: str = "cpu"
+) -> dict[str, Result]:
     """All jobs, one after the other, by `world` processes."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["student_trainer.train", __name__])
@@ -108,7 +110,7 @@ def run_together(jobs: list[Job], models: Path, out: Path, world: int = 2) -> di
     for job in jobs:
         (out / job.name).mkdir(parents=True)
     processes = [
-        context.Process(target=_rank, args=(rank, world, port, jobs, models, out), daemon=True)
+        context.Process(target=_rank, args=(rank, world, port, device, jobs, models, out), daemon=True)
         for rank in range(world)
     ]
     for process in processes:
@@ -157,14 +159,16 @@ def groups_of(job: Job, step: int) -> list[TrainingGroup]:
     return _groups(job, make_plan(**job.objective), step)
 
 
-def _rank(rank: int, world: int, port: int, jobs: list[Job], models: Path, out: Path) -> None:  # noqa: PLR0917
+def _rank(  # noqa: PLR0917
+    rank: int, world: int, port: int, device: str, jobs: list[Job], models: Path, out: Path
+) -> None:
     log = os.open(out / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
     torch.set_num_threads(1)
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
-    with join("cpu", 60.0) as ranks:
+    with join(device, 60.0) as ranks:
         for job in jobs:
             run_job(job, models, out / job.name, ranks)
 

@@ -151,14 +151,19 @@ def test_vllm_settings_of_a_run_file_reach_the_replica_that_up_starts(
     assert spec.environment["OMP_NUM_THREADS"] == "3"
 
 
-def test_torchrun_with_several_processes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They would be several trainers of one run."""
+def test_several_processes_that_torchrun_did_not_start_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They could not find each other, and would be several trainers of one run."""
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
     run_file = tmp_path / "run.toml"
     run_file.write_text(RUN_FILE + f"\n[run]\ndirectory = '{tmp_path / 'run'}'\n")
     ran = tutelage("train", str(run_file))
     assert ran.exit_code == 2, ran.output
-    assert "WORLD_SIZE" in ran.stderr
+    assert "WORLD_SIZE: got 2 without RANK" in ran.stderr
+    assert "torchrun" in ran.stderr
     assert not (tmp_path / "run").exists()
 
 
