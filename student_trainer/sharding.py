@@ -40,6 +40,10 @@ def shard(root: nn.Module, model: Any, dtype: torch.dtype, ranks: Ranks) -> None
             f"student.model: {type(inner).__name__} has no packed attention, so its number of forward passes "
             "differs from rank to rank; train it with one process",
         )
+    if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+        raise TutelageError(
+            "FAILED_PRECONDITION", f"torch {torch.__version__} is too old for several ranks; 2.13 is not"
+        )
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))
     computed = None if dtype == torch.float32 else dtype
     for block in _blocks(inner):

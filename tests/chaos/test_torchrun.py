@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -155,16 +157,43 @@ def test_adapters_survive_whatever_ends_the_job(bench: Bench, started: list[Torc
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_rank_that_hangs_ends_the_job_within_the_time_limit(bench: Bench, started: list[Torchrun]) -> None:
+def test_time_limit_ends_a_job_that_hangs_and_not_one_that_waits(
+    bench: Bench, started: list[Torchrun]
+) -> None:
     run = bench.run("hanging")
     run.file.write_text(run.file.read_text().replace("rank_timeout_seconds = 60", "rank_timeout_seconds = 5"))
-    bench.processes.sampler(run)
     started.append(job := Torchrun.start(run))
+    wait_until(lambda: "waiting for scores" in run.log("torchrun"), 120.0, "nothing to train on")
+    time.sleep(8.0)
+    assert job.process.poll() is None, job.log()
+    bench.processes.sampler(run)
     wait_until(partial(job.reached, 2), 120.0, "step 2")
     os.kill(job.rank(1), signal.SIGSTOP)
     assert job.wait(60.0) == 1, job.log()  # torchrun gives the stopped rank half a minute to end
     assert "rank 0 of 2 lost another rank" in run.log("torchrun")
     assert finish_with(bench, run) == list(range(1, STEPS + 1))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_two_nodes_meet_again_when_a_rank_of_one_is_killed(
+    bench: Bench, whole: TrainingRun, started: list[Torchrun]
+) -> None:
+    run = bench.run("nodes")
+    bench.processes.sampler(run)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
+    meeting = (
+        *("--nnodes=2", "--rdzv-backend=c10d", "--rdzv-id=run", "--local-addr=127.0.0.1"),
+        f"--rdzv-endpoint={endpoint}",
+    )
+    started += [Torchrun.start(run, ranks=1, restarts=2, meeting=meeting) for _ in range(2)]
+    wait_until(partial(started[0].reached, 4), 120.0, "step 4")
+    os.kill(started[1].rank(0, "LOCAL_RANK"), signal.SIGKILL)
+    assert [job.wait() for job in started] == [0, 0], started[0].log()
+    assert run.log("torchrun").count("resumed") == 1
+    same_up_to_rounding(run, whole)
 
 
 def finish_with(bench: Bench, run: TrainingRun) -> list[int]:

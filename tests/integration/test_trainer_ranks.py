@@ -38,6 +38,12 @@ REFUSED = [
     *(Job(f"diverged on rank {i % 2}, group {i}", poisoned=i, groups=2) for i in (0, 1)),
     Job("infinite gradient on the second rank", infinite_rank=1, groups=2),
 ]
+DROPOUT = Job("dropout", lora=LoraSettings(rank=4, dropout=0.3))
+REPEATED = [
+    Job("full weights, again"),
+    DROPOUT,
+    replace(DROPOUT, name="dropout, of twice as many steps", steps=2 * STEPS),
+]
 HALF = Job("bfloat16", dtype="bfloat16")
 HALF_ADAPTERS = Job("bfloat16 adapters", dtype="bfloat16", lora=LoraSettings(rank=4))
 
@@ -65,12 +71,15 @@ def alone(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Alone:
 
 @pytest.fixture(scope="module")
 def together(models: Path, alone: Alone, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
-    jobs = [*JOBS, *REFUSED, HALF, HALF_ADAPTERS]
+    jobs = [*JOBS, *REFUSED, *REPEATED, HALF, HALF_ADAPTERS]
     resumed = [
         replace(job, name=f"{job.name}, resumed", checkpoint=alone(job).checkpoint())
         for job in (JOBS[0], JOBS[2])
     ]
-    return run_together([*jobs, *resumed], models, tmp_path_factory.mktemp("together"))
+    out = tmp_path_factory.mktemp("together")
+    saved = out / "dropout" / "checkpoints" / f"step-{STEPS:08d}"
+    resumed.append(replace(DROPOUT, name="dropout, resumed", checkpoint=saved, first=STEPS))
+    return run_together([*jobs, *resumed], models, out)
 
 
 def assert_same_figures(got: Result, expected: Result, rel: float = 1e-5) -> None:
@@ -112,6 +121,22 @@ def test_work_is_cut_so_that_every_rank_has_some(together: dict[str, Result], al
     assert {step["micro_batches"] for step in together["a rank without rows"].figures()} == {1}
     uneven = {step["micro_batches"] for step in together["many uneven micro-batches"].figures()}
     assert any(number % 2 for number in uneven)
+
+
+def test_the_same_ranks_make_the_same_steps_bit_by_bit(together: dict[str, Result]) -> None:
+    once, again = together["full weights"], together["full weights, again"]
+    assert once.figures() == again.figures()
+    assert all(torch.equal(tensor, again.weights()[name]) for name, tensor in once.weights().items())
+
+
+def test_random_numbers_of_every_rank_go_on_where_the_checkpoint_left_them(
+    together: dict[str, Result],
+) -> None:
+    whole = together["dropout, of twice as many steps"]
+    assert whole.figures()[:STEPS] == together["dropout"].figures()
+    resumed = together["dropout, resumed"]
+    assert resumed.figures() == whole.figures()[STEPS:]
+    assert all(torch.equal(tensor, resumed.weights()[name]) for name, tensor in whole.weights().items())
 
 
 @pytest.mark.parametrize("job", REFUSED, ids=lambda job: job.name)

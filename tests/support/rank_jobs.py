@@ -47,6 +47,7 @@ class Job:
     poisoned: int | None = None  # in step 1, this group meets a token whose embedding is infinite
     infinite_rank: int | None = None  # in step 1, this rank's gradients are infinite
     checkpoint: Path | None = None
+    first: int = 0
     steps: int = STEPS
 
 
@@ -76,14 +77,14 @@ def run_job(job: Job, models: Path, out: Path, ranks: Ranks) -> None:
     _spoil(job, learner, ranks)
     plan = learner.plan
     figures = []
-    for step in range(job.steps):
+    for step in range(job.first, job.first + job.steps):
         result = learner.step(_groups(job, plan, step), step, traces=True)
         figures.append(_figures(result))
         if traces := {str(i): part["student_logprob"] for i, part in enumerate(result.per_token)}:
             save_file(traces, out / f"trace-{step}.safetensors")
     (out / "figures.json").write_text(json.dumps(figures))
     CheckpointStore(out / "checkpoints", ranks).save(
-        learner.state_tensors(), Ledger(settings={}, step=job.steps)
+        learner.state_tensors(), Ledger(settings={}, step=job.first + job.steps)
     )
     learner.export(out / "student")
     if job.lora is not None:

@@ -22,12 +22,20 @@ class Torchrun:
     run: TrainingRun
 
     @classmethod
-    def start(cls, run: TrainingRun, ranks: int = 2, restarts: int = 0) -> Torchrun:
+    def start(
+        cls,
+        run: TrainingRun,
+        *,
+        ranks: int = 2,
+        restarts: int = 0,
+        meeting: tuple[str, ...] = ("--standalone",),
+    ) -> Torchrun:
+        """`ranks` of this node; `meeting` says how it finds the others."""
         path = os.pathsep.join(str(ROOT / part) for part in (".", "proto/src"))
         with (run.logs / "torchrun.log").open("ab") as log:
             process = subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+                    *(sys.executable, "-m", "torch.distributed.run", *meeting),
                     *(f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"),
                     *("-m", "launcher", "train", str(run.file)),
                 ],
@@ -38,12 +46,12 @@ class Torchrun:
             )
         return cls(process, run)
 
-    def rank(self, number: int) -> int:
-        """Process id of a rank of the newest start; waits until it is there."""
+    def rank(self, number: int, variable: str = "RANK") -> int:
+        """Process id of a rank of the newest start, by RANK or LOCAL_RANK; waits until it is there."""
         found: list[int] = []
 
         def there() -> bool:
-            found[:] = [pid for pid in self._children() if _variable(pid, "RANK") == str(number)]
+            found[:] = [pid for pid in self._children() if _variable(pid, variable) == str(number)]
             return bool(found)
 
         wait_until(there, 60.0, f"rank {number}")
