@@ -142,6 +142,12 @@ SERVICE_MONITOR = kind(
                     type={"enum": ["Bearer"]},
                     credentials=core("io.k8s.api.core.v1.SecretKeySelector"),
                 ),
+                relabelings={
+                    "type": "array",
+                    "items": thing(
+                        "sourceLabels", sourceLabels=STRINGS, regex=STRING, action={"enum": ["keep", "drop"]}
+                    ),
+                },
             ),
         },
     )

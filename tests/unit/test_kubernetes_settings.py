@@ -258,7 +258,16 @@ def test_torchrun_finds_all_of_its_nodes() -> None:
     (service,) = (t for t in of_kind("torchrun", "Service") if t["metadata"]["name"] == pod["subdomain"])
     assert host == f"{job['metadata']['name']}-0.{pod['subdomain']}", "the first pod of an indexed Job"
     assert service["spec"]["clusterIP"] == "None"
-    assert [p["containerPort"] for p in container["ports"]] == [int(port)]
+    assert int(port) in [p["containerPort"] for p in container["ports"]]
+    # Ranks follow the order of the nodes' names, and Prometheus asks rank 0.
+    names = [options["--local-addr"].replace("$(JOB_COMPLETION_INDEX)", str(index)) for index in range(12)]
+    assert min(names) == names[0] == host
+    assert any(variable["name"] == "JOB_COMPLETION_INDEX" for variable in container["env"])
+    (monitor,) = (
+        t for t in of_kind("torchrun", "ServiceMonitor") if t["metadata"]["name"] == "tutelage-trainer"
+    )
+    (relabeling,) = monitor["spec"]["endpoints"][0]["relabelings"]
+    assert (relabeling["action"], relabeling["regex"]) == ("keep", "0")
     assert int(options["--shutdown-timeout"]) < pod["terminationGracePeriodSeconds"]
     (claim,) = of_kind("torchrun", "PersistentVolumeClaim")
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
