@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from benchmarks.scaling.figures import figures
 from benchmarks.scaling.load import HOUR
-from benchmarks.scaling.report import PICTURE, draw, print_day, record_day, say_what_is_real
+from benchmarks.scaling.report import draw, print_day, record_day, say_what_is_real
 from benchmarks.scaling.scenarios import RULES, day_setup, quick_setup
 from benchmarks.scaling.simulation import Simulation
 
@@ -40,9 +40,7 @@ def main() -> int:
         print_day(day, result)
         if not trial:
             record_day(day, result, before)
-    if not trial:
-        draw([(day, result) for day, result, _ in done])
-        print(f"\n{PICTURE}")
+            print(f"  {draw(day, result)}")
     return 0 if not any(result.lost or result.doubles or result.failed for _, result, _ in done) else 1
 
 

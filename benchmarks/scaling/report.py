@@ -17,7 +17,7 @@ from benchmarks.scaling.rules import KedaRule
 from benchmarks.scaling.scenarios import MOST
 from benchmarks.scaling.simulation import Day
 
-PICTURE = LATEST.parent / "scaling.png"
+PICTURES = LATEST.parent
 BLOCKS = " ▁▂▃▄▅▆▇█"
 COLUMNS = 96
 TITLES = {"hpa": "HPA: tokens waiting and in flight", "keda": "KEDA: entries waiting and pending, to zero"}
@@ -104,46 +104,42 @@ def record_day(day: Day, figures: Figures, load_before: float) -> None:
     )  # fmt: skip
 
 
-def draw(days: Sequence[tuple[Day, Figures]], path: Path = PICTURE) -> None:
-    """Replicas over the day above, waits below, a column of pictures per rule."""
+def draw(day: Day, figures: Figures, directory: Path = PICTURES) -> Path:
+    """Replicas over the day above, waits below; in scaling-hpa.png or scaling-keda.png."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2 * len(days), 1, figsize=(11, 4.2 * len(days)), sharex=False, squeeze=False)
-    for index, (day, figures) in enumerate(days):
-        above, below = axes[2 * index][0], axes[2 * index + 1][0]
-        hours = [s.at / HOUR for s in day.samples]
-        above.fill_between(
-            hours, [s.demand for s in day.samples], color="#c9d6ea", label="load, in busy replicas"
-        )
-        above.step(
-            hours, [s.ready for s in day.samples], where="post", color="#1f4e9c", lw=1.2, label="ready"
-        )
-        above.step(
-            hours, [s.wanted for s in day.samples], where="post", color="#d9822b", lw=0.7, label="wanted"
-        )
-        for at, count in day.killed_replicas:
-            above.axvline(at / HOUR, color="#b22222", lw=0.8, ls=":")
-            above.annotate(
-                f"{count} killed", (at / HOUR, above.get_ylim()[1]), color="#b22222", fontsize=7, va="top"
-            )
-        above.set_ylabel("replicas")
-        above.set_title(
-            f"{TITLES[rule_name(day)]}. {figures.groups:,} groups, {figures.lost} lost, "
-            f"{figures.doubles} twice; utilisation {100 * figures.utilisation:.0f}%", fontsize=10,
-        )  # fmt: skip
-        above.legend(loc="upper left", fontsize=8, frameon=False)
-        _draw_waits(below, day)
-        for axis in (above, below):
-            axis.set_xlim(0, day.setup.load.seconds / HOUR)
-            axis.spines[["top", "right"]].set_visible(False)
-    axes[-1][0].set_xlabel("hour of the simulated day")
+    figure, (above, below) = plt.subplots(2, 1, figsize=(11, 4.2))
+    hours = [s.at / HOUR for s in day.samples]
+    ready, wanted = [s.ready for s in day.samples], [s.wanted for s in day.samples]
+    above.fill_between(
+        hours, [s.demand for s in day.samples], color="#c9d6ea", label="load, in busy replicas"
+    )
+    above.step(hours, ready, where="post", color="#1f4e9c", lw=1.2, label="ready")
+    above.step(hours, wanted, where="post", color="#d9822b", lw=0.7, label="wanted")
+    for at, count in day.killed_replicas:
+        above.axvline(at / HOUR, color="#b22222", lw=0.8, ls=":")
+        top = (at / HOUR, above.get_ylim()[1])
+        above.annotate(f"{count} killed", top, color="#b22222", fontsize=7, va="top")
+    above.set_ylabel("replicas")
+    above.set_title(
+        f"{TITLES[rule_name(day)]}. {figures.groups:,} groups, {figures.lost} lost, "
+        f"{figures.doubles} twice; utilisation {100 * figures.utilisation:.0f}%", fontsize=10,
+    )  # fmt: skip
+    above.legend(loc="upper left", fontsize=8, frameon=False)
+    _draw_waits(below, day)
+    for axis in (above, below):
+        axis.set_xlim(0, day.setup.load.seconds / HOUR)
+        axis.spines[["top", "right"]].set_visible(False)
+    below.set_xlabel("hour of the simulated day")
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"scaling-{rule_name(day)}.png"
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
+    return path
 
 
 def _draw_waits(axis: Any, day: Day) -> None:
