@@ -175,12 +175,23 @@ def train(
     ] = None,
     metrics_host: MetricsHost = None,
     metrics_token_file: MetricsTokenFile = None,
+    unfinished_status: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=255,
+            help="Exit status when stopped (SIGTERM, SIGINT) before the last step. For starters that take 0 "
+            "for a finished run, as a Kubernetes Job and torchrun do: give another one there.",
+        ),
+    ] = 0,
 ) -> None:
     """Train the student of a run, continuing from its newest checkpoint.
 
-    [bold]Example[/bold]
+    [bold]Examples[/bold]
 
       tutelage train run.toml
+
+      tutelage train run.toml --unfinished-status 75
     """
     with one_line_errors():
         from student_trainer.config import load_run_config
@@ -189,7 +200,7 @@ def train(
         config = load_run_config(run_file, queue_url=given_queue_url(queue), metrics=metrics)
         from student_trainer.train import main as trainer
 
-        raise typer.Exit(trainer(config))
+        raise typer.Exit(trainer(config, unfinished_status))
 
 
 app.command(rich_help_panel=LOOK)(status)

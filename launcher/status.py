@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ from tutelage_client.errors import TutelageError
 
 from launcher.status_look import Lookout, StackLook, as_document
 from launcher.status_view import render, waiting_for
+from services import strict_json
 from services.logs import log_to_stderr
 from services.queue import LeaseSettings, Queue
 from services.queue.connection import without_secrets
@@ -47,7 +47,7 @@ def watch(
     if once or as_json or not console.is_terminal:
         look = asyncio.run(_once(queue, lookout))
         if as_json:
-            print(json.dumps(as_document(look)))
+            print(strict_json.dumps(as_document(look)))
         else:
             console.width = console.width if console.is_terminal else PLAIN_WIDTH
             console.print(render(look))

@@ -16,7 +16,7 @@ import structlog
 from structlog.typing import EventDict, Processor
 from tutelage_client.errors import invalid, shown
 
-from services import tracing
+from services import strict_json, tracing
 
 FORMAT_VARIABLE = "TUTELAGE_LOG_FORMAT"
 _FORMATS = ("console", "json")
@@ -94,7 +94,7 @@ def _json() -> list[Processor]:
         structlog.processors.TimeStamper(fmt="iso", utc=True, key="ts"),
         structlog.processors.format_exc_info,
         _in_order,
-        structlog.processors.JSONRenderer(default=str, ensure_ascii=False),
+        structlog.processors.JSONRenderer(strict_json.dumps, default=str, ensure_ascii=False),
     ]
 
 

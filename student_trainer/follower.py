@@ -15,8 +15,8 @@ from student_trainer.ranks import Ranks
 log = structlog.get_logger(__name__)
 
 
-def follow(learner: Learner, ranks: Ranks) -> None:
-    """Take part until the leader says that the run ends, or stops.
+def follow(learner: Learner, ranks: Ranks) -> bool:
+    """Take part until the leader says that this start ends; False when the run was stopped before its end.
 
     SIGTERM and SIGINT are passed on to the leader: all ranks stop after the same step.
     """
@@ -44,6 +44,6 @@ def follow(learner: Learner, ranks: Ranks) -> None:
                 learner.student.adapter(keep=False)
             case "end":
                 log.info("ended with rank 0", rank=ranks.rank)
-                return
+                return bool(told["finished"])
             case unknown:
                 raise ValueError(f"rank 0 said {unknown!r}")

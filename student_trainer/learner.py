@@ -57,7 +57,7 @@ class StepResult:
     """What a step did.
 
     `sums` are the objective's sums over trained positions (see LossOutput). `refused` is None when
-    the weights were updated.
+    the weights were updated. Where the student has diverged, loss and norm are NaN.
     """
 
     loss: float
@@ -99,12 +99,13 @@ class Learner:
         refused = _refusal(outcomes, norm)
         self._update(self._ranks.agree(refused is None), step)
         whole = [outcome for outcome in outcomes if outcome.diverged is None]
+        complete = len(whole) == len(outcomes)
         sums: Counter[str] = Counter()
         for outcome in whole:
             sums.update(outcome.sums)
         return StepResult(
-            loss=math.fsum(outcome.loss for outcome in whole),
-            gradient_norm=norm if len(whole) == len(outcomes) else math.nan,
+            loss=math.fsum(outcome.loss for outcome in whole) if complete else math.nan,
+            gradient_norm=norm if complete else math.nan,
             learning_rate=learning_rate(self._settings, step),
             sums=dict(sums),
             micro_batches=tuple(micro_batches),

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import structlog
 
+from services import strict_json
 from student_trainer.config import RunConfig
 from student_trainer.evaluations import Evaluation
 from student_trainer.learner import StepResult
@@ -124,7 +125,7 @@ class MetricsFile:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(_finite(record)) + "\n")
+        self._file.write(strict_json.dumps(record) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())  # a checkpoint that survives a power failure has its lines
 
@@ -146,14 +147,6 @@ def _cut_back(path: Path, step: int, pending: set[int]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
     os.replace(temporary, path)
-
-
-def _finite(record: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN: a figure that is not finite is written as null."""
-    return {
-        name: None if isinstance(value, float) and value - value != 0.0 else value
-        for name, value in record.items()
-    }
 
 
 def open_trackers(config: RunConfig, step: int) -> list[Tracker]:

@@ -16,12 +16,14 @@ from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 from tutelage_client.errors import TutelageError, invalid
+
+T = TypeVar("T")
 
 BEAT_SECONDS = 1.0  # how often a leader that waits for groups lets the others hear of it
 _LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
@@ -127,7 +129,7 @@ def join(device: str, timeout_seconds: float) -> Iterator[Ranks]:
         )
         yield Ranks(rank, world, chosen)
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and not any(word in str(error) for word in _LOST):
+        if not is_loss(error):
             raise
         raise TutelageError(
             "UNAVAILABLE",
@@ -137,21 +139,28 @@ def join(device: str, timeout_seconds: float) -> Iterator[Ranks]:
     dist.destroy_process_group()
 
 
-async def accompany(ranks: Ranks, work: Coroutine[Any, Any, Any], stop: asyncio.Event) -> None:
-    """Run the leader's `work` while the other ranks hear from it, however long it waits for groups.
+def is_loss(error: BaseException) -> bool:
+    """Whether `error` says that another rank is gone, or does not answer in time."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in _LOST)
+    )
+
+
+async def accompany(ranks: Ranks, work: Coroutine[Any, Any, T], stop: asyncio.Event) -> T:
+    """The result of the leader's `work`; meanwhile the other ranks hear from it, however long it waits.
 
     A rank that was asked to stop says so in answer, and `stop` is set.
     """
     if ranks.alone:
-        await work
-        return
-    tasks = {asyncio.create_task(work), asyncio.create_task(_beat(ranks, stop))}
-    done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return await work
+    working, beating = asyncio.create_task(work), asyncio.create_task(_beat(ranks, stop))
+    done, pending = await asyncio.wait({working, beating}, return_when=asyncio.FIRST_COMPLETED)
     for task in pending:
         task.cancel()
     await asyncio.gather(*pending, return_exceptions=True)
-    for task in done:
-        task.result()
+    if beating in done:
+        beating.result()  # it ends by an error alone
+    return working.result()
 
 
 async def _beat(ranks: Ranks, stop: asyncio.Event) -> None:

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from tutelage_client.errors import TutelageError
+from tutelage_client.errors import TutelageError, invalid
 
 from services.models.packed import is_packed, packed_positions, unwrap
+from student_trainer.objective.compile import Plan
 from student_trainer.ranks import Ranks
 
 
@@ -56,6 +57,16 @@ def shard(root: nn.Module, model: Any, dtype: torch.dtype, ranks: Ranks) -> None
             module.set_gradient_divide_factor(1.0)
             # An expert that no token of one rank chose still has a gradient on the others.
             module.set_reduce_scatter_unused_params(True)
+
+
+def check_objective(plan: Plan, world: int) -> None:
+    """Refuse an objective whose step would depend on how micro-batches are dealt to `world` ranks."""
+    if world > 1 and plan.tokens.top_fraction is not None:
+        raise invalid(
+            f"objective.tokens.top_fraction: got {plan.tokens.top_fraction} with {world} ranks; it chooses "
+            "among the positions of a micro-batch, and those depend on the number of ranks: leave it out, or "
+            "train with one process"
+        )
 
 
 def check_positions(model: Any, max_position: int) -> None:

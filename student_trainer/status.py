@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 
 from prometheus_client import CollectorRegistry, Gauge
 
+from services import strict_json
 from services.metrics_server import MetricsServer, metrics_page
 from student_trainer.config import MetricsSettings
 
@@ -36,7 +36,7 @@ class StatusServer:
         self._status: dict[str, Any] = {}
         self._server = MetricsServer(
             {
-                "/status": lambda: ("application/json", json.dumps(self._status).encode()),
+                "/status": lambda: ("application/json", strict_json.dumps(self._status).encode()),
                 "/metrics": metrics_page(self._registry),
             },
             host=settings.host,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from contextlib import closing
@@ -25,10 +26,11 @@ from student_trainer.metrics import open_trackers
 from student_trainer.objective.compile import Plan, compile_plan
 from student_trainer.pacing import Pacer
 from student_trainer.policy_store import PolicyStore
-from student_trainer.ranks import Ranks, accompany, join
+from student_trainer.ranks import Ranks, accompany, is_loss, join
 from student_trainer.recording import Recorder
 from student_trainer.resume import restore
 from student_trainer.run_queue import run_queue
+from student_trainer.sharding import check_objective
 from student_trainer.status import StatusServer
 from student_trainer.student import Student, load_student
 from student_trainer.trainer import Parts, Trainer, describe
@@ -37,9 +39,14 @@ from student_trainer.waiting import Watch
 
 log = structlog.get_logger(__name__)
 
+LOST_SECONDS = 5.0  # for telling of a lost rank
 
-def main(config: RunConfig) -> int:
-    """Train until the last step, SIGTERM or SIGINT; 0 in either case, and the run can be continued.
+
+def main(config: RunConfig, unfinished_status: int = 0) -> int:
+    """Train until the last step, SIGTERM or SIGINT, and the run can be continued; the exit status.
+
+    Args:
+        unfinished_status: what is returned when the run was stopped before its end.
 
     Raises:
         TutelageError: the run cannot go on; says what is wrong.
@@ -47,46 +54,89 @@ def main(config: RunConfig) -> int:
     log_to_stderr()
     with join(config.student.device, config.training.rank_timeout_seconds) as ranks:
         _configure_torch(config)
+        plan = _compile_plan(config)
+        check_objective(plan, ranks.world)
         if not ranks.leads:
-            follow(_load_learner(config, _compile_plan(config), ranks), ranks)
-            return 0
+            finished = follow(_load_learner(config, plan, ranks), ranks)
+            return 0 if finished else unfinished_status
         tracing.start("tutelage-trainer", config.run.name)
         try:
-            asyncio.run(_train(config, ranks))
+            finished = asyncio.run(_train(config, plan, ranks))
         finally:
             tracing.stop()
-        ranks.tell("end")
-    return 0
+        ranks.tell("end", finished=finished)
+    return 0 if finished else unfinished_status
 
 
-async def _train(config: RunConfig, ranks: Ranks) -> None:
+async def _train(config: RunConfig, plan: Plan, ranks: Ranks) -> bool:
+    """Whether the run has come to its end."""
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    async with run_queue(config) as queue:
+    for warning in plan.warnings:
+        log.warning("objective", warning=warning)
+    queue = run_queue(config)
+    try:
+        if ranks.alone:
+            await queue.open()  # before the student is loaded: a wrong address is told at once
         with (
             queue.presence(TRAINER_ROLE, config.run.name),
             StatusServer(config.metrics, config.run.name) as status,
         ):
             log.info("status port", address=status.address)
-            parts = await _build(config, queue, status, stop, ranks)
-            log.info("training", **describe(parts))
-            with closing(parts.recorder):
-                try:
-                    await accompany(ranks, Trainer(parts).run(), stop)
-                except Exception as error:
-                    await parts.recorder.status(f"failed: {error}", parts.ledger)
-                    raise
+            learner = _load_learner(config, plan, ranks)
+            try:
+                work = _lead(config, queue=queue, status=status, stop=stop, learner=learner, ranks=ranks)
+                return await accompany(ranks, work, stop)
+            except Exception as error:
+                if is_loss(error):
+                    await _say_lost(config, queue)
+                raise
+    finally:
+        await queue.close()
+
+
+async def _lead(
+    config: RunConfig,
+    *,
+    queue: Queue,
+    status: StatusServer,
+    stop: asyncio.Event,
+    learner: Learner,
+    ranks: Ranks,
+) -> bool:
+    """The run, from the queue's first answer on; beside it the other ranks are told to wait."""
+    if not ranks.alone:
+        await queue.open(patience=None)  # giving up would cost one of torchrun's restarts
+    parts = await _build(config, queue=queue, status=status, stop=stop, learner=learner, ranks=ranks)
+    log.info("training", **describe(parts))
+    with closing(parts.recorder):
+        try:
+            return await Trainer(parts).run()
+        except Exception as error:
+            if not is_loss(error):
+                await parts.recorder.status(f"failed: {error}", parts.ledger)
+            raise
+
+
+async def _say_lost(config: RunConfig, queue: Queue) -> None:
+    """The run has not failed: torchrun starts the ranks again, and sooner than an absent queue returns."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LOST_SECONDS):
+            await queue.publish_progress(config.run.name, {"status": "restarting: lost a rank"})
 
 
 async def _build(
-    config: RunConfig, queue: Queue, status: StatusServer, stop: asyncio.Event, ranks: Ranks
+    config: RunConfig,
+    *,
+    queue: Queue,
+    status: StatusServer,
+    stop: asyncio.Event,
+    learner: Learner,
+    ranks: Ranks,
 ) -> Parts:
-    """Load the student, find where the run stands, and connect everything to it."""
-    plan = _compile_plan(config)
-    for warning in plan.warnings:
-        log.warning("objective", warning=warning)
-    learner = _load_learner(config, plan, ranks)
+    """Find where the run stands, and connect everything to it."""
+    plan = learner.plan
     checkpoints = CheckpointStore(config.run.directory / "checkpoints", ranks)
     ledger = restore(config, checkpoints, learner)
     await _check_queue(config, queue, ledger.run_id)

@@ -10,6 +10,7 @@ from typing import Any, Self
 from tutelage.v1.rollout_pb2 import Group, SampleOrder, ViewRequest
 from tutelage_client.errors import TutelageError, invalid
 
+from services import strict_json
 from services.queue.connection import AWAY, Persistence, check_server, connect, without_secrets
 from services.queue.eyes import Eyes
 from services.queue.keys import Keys, StreamKeys
@@ -215,8 +216,8 @@ class Queue:
         return await self._dead(self.keys.orders(run), count)
 
     async def publish_progress(self, run: str, progress: Mapping[str, Any]) -> None:
-        """Set fields of the run's progress; values are JSON."""
-        values = {name: json.dumps(value) for name, value in progress.items()}
+        """Set fields of the run's progress; values are JSON, null for a number that is not finite."""
+        values = {name: strict_json.dumps(value) for name, value in progress.items()}
         if values:
             key = self.keys.progress(run)
             await self._persist(lambda: self._client.hset(key, mapping=values), "publishing progress")

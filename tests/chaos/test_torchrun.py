@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -12,9 +13,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import redis
 import torch
 from support.torchrun import Torchrun
 from support.training_run import Processes, TrainingRun, finish, start_server, wait_until, write_model
+
+from services.queue.embedded import EmbeddedServer
 
 STEPS, PER_STEP = 20, 8
 TRAINING = f"""
@@ -94,7 +98,7 @@ def test_two_ranks_make_the_run_of_one_process(
 ) -> None:
     run = bench.run("ranks")
     bench.processes.sampler(run)
-    started.append(Torchrun.start(run))
+    started.append(Torchrun.start(run, options=("--unfinished-status=75",)))
     assert started[0].wait() == 0, started[0].log()
     same_up_to_rounding(run, whole)
     evaluations = [r["evaluation"]["policy_version"] for r in run.metrics() if "evaluation" in r]
@@ -113,7 +117,14 @@ def test_killed_rank_is_started_again_and_a_stopped_run_goes_on_with_one_process
     wait_until(partial(job.reached, 4), 90.0, "step 4")
     killed = job.rank(1)
     os.kill(killed, signal.SIGKILL)
-    wait_until(lambda: "resumed" in run.log("torchrun"), 90.0, "another start")
+    told: set[str] = set()
+
+    def resumed() -> bool:
+        told.add(status(bench, run))
+        return "resumed" in run.log("torchrun")
+
+    wait_until(resumed, 90.0, "another start")
+    assert not any(one.startswith("failed") for one in told), "the ranks were started again"
     assert "rank 0 of 2 lost another rank" in run.log("torchrun")
     # torchrun signals every rank; one of them, on whatever node, is enough.
     os.kill(job.rank(1), signal.SIGTERM)
@@ -174,6 +185,43 @@ def test_time_limit_ends_a_job_that_hangs_and_not_one_that_waits(
     assert finish_with(bench, run) == list(range(1, STEPS + 1))
 
 
+def test_ranks_wait_for_a_queue_that_is_away_at_the_start(bench: Bench, started: list[Torchrun]) -> None:
+    server = EmbeddedServer(bench.root / "late")
+    run = TrainingRun(bench.root, server.url, bench.root, name="early", training=TRAINING)
+    run.file.write_text(run.file.read_text().replace("rank_timeout_seconds = 60", "rank_timeout_seconds = 5"))
+    started.append(job := Torchrun.start(run))
+    wait_until(lambda: "status port" in run.log("torchrun"), 60.0, "rank 0")
+    time.sleep(15.0)
+    assert job.process.poll() is None, job.log()
+    server.start()
+    try:
+        wait_until(lambda: "waiting for scores" in run.log("torchrun"), 60.0, "the start of the run")
+    finally:
+        job.close()
+        server.stop()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_the_other_node_waits_for_one_that_comes_in_place_of_a_drained_one(
+    bench: Bench, whole: TrainingRun, started: list[Torchrun]
+) -> None:
+    run = bench.run("drained")
+    bench.processes.sampler(run)
+    start = partial(Torchrun.start, run, ranks=1, restarts=2, options=("--unfinished-status=75",))
+    meeting = two_nodes()
+    # Who has the ranks' meeting place would take it along; in the Job, the first pod.
+    stays = start(meeting=(*meeting, "--rdzv-conf=is_host=true"))
+    drained = start(meeting=(*meeting, "--rdzv-conf=is_host=false"))
+    started += [stays, drained]
+    wait_until(partial(stays.reached, 4), 120.0, "step 4")
+    drained.terminate()
+    assert drained.wait() != 0
+    started.append(comes := start(meeting=(*meeting, "--rdzv-conf=is_host=false")))
+    assert [job.wait() for job in (stays, comes)] == [0, 0], stays.log()
+    same_up_to_rounding(run, whole)
+
+
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_two_nodes_meet_again_when_a_rank_of_one_is_killed(
@@ -181,19 +229,30 @@ def test_two_nodes_meet_again_when_a_rank_of_one_is_killed(
 ) -> None:
     run = bench.run("nodes")
     bench.processes.sampler(run)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
-    meeting = (
-        *("--nnodes=2", "--rdzv-backend=c10d", "--rdzv-id=run", "--local-addr=127.0.0.1"),
-        f"--rdzv-endpoint={endpoint}",
-    )
+    meeting = two_nodes()
     started += [Torchrun.start(run, ranks=1, restarts=2, meeting=meeting) for _ in range(2)]
     wait_until(partial(started[0].reached, 4), 120.0, "step 4")
     os.kill(started[1].rank(0, "LOCAL_RANK"), signal.SIGKILL)
     assert [job.wait() for job in started] == [0, 0], started[0].log()
     assert run.log("torchrun").count("resumed") == 1
     same_up_to_rounding(run, whole)
+
+
+def two_nodes() -> tuple[str, ...]:
+    """How two torchruns of this machine find each other."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
+    return (
+        *("--nnodes=2", "--rdzv-backend=c10d", "--rdzv-id=run", "--local-addr=127.0.0.1"),
+        f"--rdzv-endpoint={endpoint}",
+    )
+
+
+def status(bench: Bench, run: TrainingRun) -> str:
+    """What the run is doing, as the queue tells."""
+    with redis.Redis.from_url(bench.url) as client:
+        return str(json.loads(client.hget(f"tutelage:run:{run.config.run.name}", "status") or '""'))  # type: ignore[arg-type]
 
 
 def finish_with(bench: Bench, run: TrainingRun) -> list[int]:

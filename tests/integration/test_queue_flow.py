@@ -339,8 +339,8 @@ async def test_process_is_alive_until_it_stops_saying_so(queue_url: str, queue: 
 
 async def test_progress_merges_fields(queue: Queue) -> None:
     await queue.publish_progress(RUN, {"step": 3, "eval:0": {"greedy": 0.5}})
-    await queue.publish_progress(RUN, {"step": 4})
-    assert await queue.read_progress(RUN) == {"step": 4, "eval:0": {"greedy": 0.5}}
+    await queue.publish_progress(RUN, {"step": 4, "loss": float("nan")})
+    assert await queue.read_progress(RUN) == {"step": 4, "eval:0": {"greedy": 0.5}, "loss": None}
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def run_job(job: Job, models: Path, out: Path, ranks: Ranks) -> None:
     learner.export(out / "student")
     if job.lora is not None:
         learner.export_adapter(out / "adapter")
-    ranks.tell("end")
+    ranks.tell("end", finished=True)
 
 
 def run_alone(job: Job, models: Path, out: Path) -> Result:

@@ -29,15 +29,16 @@ class Torchrun:
         ranks: int = 2,
         restarts: int = 0,
         meeting: tuple[str, ...] = ("--standalone",),
+        options: tuple[str, ...] = (),
     ) -> Torchrun:
-        """`ranks` of this node; `meeting` says how it finds the others."""
+        """`ranks` of this node; `meeting` says how it finds the others; `options` of `tutelage train`."""
         path = os.pathsep.join(str(ROOT / part) for part in (".", "proto/src"))
         with (run.logs / "torchrun.log").open("ab") as log:
             process = subprocess.Popen(
                 [
                     *(sys.executable, "-m", "torch.distributed.run", *meeting),
                     *(f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"),
-                    *("-m", "launcher", "train", str(run.file)),
+                    *("-m", "launcher", "train", str(run.file), *options),
                 ],
                 stdout=log,
                 stderr=log,

@@ -131,7 +131,7 @@ def test_trainer_and_sampler_start_with_what_they_are_given(
     target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[Any] = []
-    monkeypatch.setattr("student_trainer.train.main", started.append)
+    monkeypatch.setattr("student_trainer.train.main", lambda *arguments: started.append(arguments))
     monkeypatch.setattr("student_trainer.sampler.process.main", lambda *arguments: started.append(arguments))
     run_file(target, tmp_path)
     for pod in all_pods(target):
@@ -147,7 +147,9 @@ def test_trainer_and_sampler_start_with_what_they_are_given(
         ran = CliRunner().invoke(app, words, env={"TUTELAGE_QUEUE_URL": known["TUTELAGE_QUEUE_URL"]})
         assert ran.exit_code == 0, ran.output
         if pod.labels["app.kubernetes.io/component"] == "trainer":
-            metrics = started[-1].metrics
+            config, unfinished = started[-1]
+            assert unfinished not in (0, 2), "a drained pod would complete, or fail, the Job"
+            metrics = config.metrics
             port = metrics.trainer_port
             for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
                 # Of several pods one has the port, and each can ask the queue.

@@ -24,7 +24,7 @@ log = structlog.get_logger()
 with about("00-{TRACE}-{SPAN}-01", group="run-1", job="5-0", view="teacher"):
     log.info("scored", positions=3, path=__import__("pathlib").Path("/x"))
     logging.getLogger("library").warning("%s of a library", "line")
-log.info("two\\nlines")
+log.info("two\\nlines", loss=float("nan"))
 late = logging.getLogger("late"); late.addHandler(logging.StreamHandler()); late.propagate = False
 late.error("late line"); early.error("early line")
 warnings.warn("a warning")
@@ -60,6 +60,7 @@ def test_every_line_is_one_json_object_whoever_wrote_it() -> None:
     events = [line["event"] for line in found]
     assert events[:3] == ["scored", "line of a library", "two\nlines"]
     assert events[3:5] == ["late line", "early line"]
+    assert found[2]["loss"] is None, "JSON has no NaN"
     assert "a warning" in events[5]
     assert events[6:] == ["failed", "failed there"]
     assert [line["level"] for line in found] == [

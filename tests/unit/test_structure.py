@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 # package -> first-party packages it may import (its own package always may be).
 ALLOWED = {
     "proto/src/tutelage_client": set(),
-    "services/queue": set(),
+    "services/queue": {"services.strict_json"},
     "services/models": set(),
     "services/exporter": {
         "services.access",
@@ -39,6 +39,7 @@ ALLOWED = {
         "services.metrics_server",
         "services.queue",
         "services.models",
+        "services.strict_json",
         "services.tracing",
     },
     "launcher": {"services", "student_trainer"},

@@ -230,6 +230,7 @@ def test_diverged_student_is_refused_and_not_trained_on(model: Path) -> None:
     result = learner.step(groups_of(0), 0)
     assert result.refused is not None
     assert result.refused.diverged
+    assert math.isnan(result.loss), "of a step that was not computed"
 
 
 @pytest.mark.parametrize(

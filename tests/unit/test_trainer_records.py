@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from support.training_run import write_model
 from tutelage_client.errors import TutelageError
 
-from student_trainer import trackers
+from services.exit_status import EXIT_BAD_INPUT, exit_status
+from student_trainer import trackers, train
 from student_trainer.checkpoint import CheckpointStore, find_damage
 from student_trainer.config import MetricsSettings, RunConfig, parse_run_config
 from student_trainer.learner import Learner
 from student_trainer.metrics import MetricsFile, SamplingRates, open_trackers
 from student_trainer.objective.compile import compile_plan
+from student_trainer.ranks import Ranks
 from student_trainer.resume import restore
 from student_trainer.samples import discard_samples_above
 from student_trainer.status import StatusServer
@@ -100,6 +104,17 @@ def test_status_port_answers_on_loopback_only() -> None:
         metrics = urllib.request.urlopen(server.address + "/metrics").read().decode()
     assert "tutelage_trainer_step 4.0" in metrics
     assert "status" not in metrics
+
+
+def test_a_loss_that_is_not_finite_is_null_in_the_status_and_nan_among_the_metrics() -> None:
+    with StatusServer(MetricsSettings(), "run") as server:
+        server.update({"loss": float("nan"), "step": 3})
+        for path, wanted in (
+            ("status", '{"loss": null, "step": 3}'),
+            ("metrics", "tutelage_trainer_loss NaN"),
+        ):
+            with urllib.request.urlopen(f"{server.address}/{path}", timeout=10) as answer:
+                assert wanted in answer.read().decode()
 
 
 def test_dropped_groups_are_told_apart_by_their_reason() -> None:
@@ -236,3 +251,18 @@ def test_damaged_checkpoint_is_not_kept_in_place_of_a_whole_one(root: Path, tmp_
     assert store.steps() == [60]
     assert find_damage(tmp_path / "step-00000060") is None
     assert (tmp_path / "damaged-step-00000100" / "ledger.json").is_file()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_objective_that_depends_on_the_number_of_ranks_is_refused_by_each(
+    rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def join(device: str, timeout: float) -> Iterator[Ranks]:
+        yield Ranks(rank, 2)
+
+    monkeypatch.setattr(train, "join", join)
+    config = make_config(tmp_path, objective=DISTILL | {"tokens": {"top_fraction": 0.5}})
+    with pytest.raises(TutelageError, match=r"tokens\.top_fraction: got 0\.5 with 2 ranks") as refused:
+        train.main(config)
+    assert exit_status(refused.value) == EXIT_BAD_INPUT
