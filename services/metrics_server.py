@@ -8,7 +8,9 @@ from __future__ import annotations
 import socket
 import socketserver
 import threading
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
@@ -23,7 +25,7 @@ from tutelage_client.errors import TutelageError
 from services.access import LOOPBACK, OPEN_PATHS, TokenCheck
 
 PLAIN = "text/plain; charset=utf-8"
-IDLE_SECONDS = 10.0  # a caller that says nothing for so long is left
+REQUEST_SECONDS = 10.0  # from the first byte asked to the last one answered, however slow the caller is
 MAX_CALLERS = 16  # at once; more are turned away
 
 Page = Callable[[], tuple[str, bytes]]  # content type and body
@@ -92,8 +94,6 @@ class MetricsServer:
         server = self
 
         class Handler(BaseHTTPRequestHandler):
-            timeout = IDLE_SECONDS
-
             def do_GET(self) -> None:
                 path = urlsplit(self.path).path
                 status, content_type, body = server.answer(path, self.headers.get("Authorization"))
@@ -120,12 +120,18 @@ def metrics_page(registry: CollectorRegistry) -> Page:
 
 
 class _Server(ThreadingHTTPServer):
-    """At most MAX_CALLERS threads, and no name look-up at the start, which may take seconds."""
+    """At most MAX_CALLERS threads, and no name look-up at the start, which may take seconds.
+
+    A socket's timeout would begin anew with every byte, so a caller that trickles could keep its thread for
+    ever: whoever is not done after REQUEST_SECONDS is cut off from outside.
+    """
 
     daemon_threads = True
+    request_queue_size = 2 * MAX_CALLERS
 
     def __init__(self, *arguments: Any) -> None:
         self._room = threading.BoundedSemaphore(MAX_CALLERS)
+        self._deadlines: dict[socket.socket, float] = {}
         super().__init__(*arguments)
 
     def server_bind(self) -> None:
@@ -135,13 +141,23 @@ class _Server(ThreadingHTTPServer):
         if not self._room.acquire(blocking=False):
             self.shutdown_request(request)
             return
+        self._deadlines[request] = time.monotonic() + REQUEST_SECONDS
         super().process_request(request, client_address)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:
+            self._deadlines.pop(request, None)
             self._room.release()
+
+    def service_actions(self) -> None:
+        """Between any two polls: wake the threads of callers that are out of time."""
+        now = time.monotonic()
+        for request, deadline in list(self._deadlines.items()):
+            if now >= deadline:
+                with suppress(OSError):  # it has just ended by itself
+                    request.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A caller that went away half-way is not worth a traceback."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import socket
 import threading
+import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -12,6 +13,7 @@ import pytest
 from pydantic import ValidationError
 from tutelage_client.errors import TutelageError
 
+from services import metrics_server
 from services.access import TokenCheck
 from services.exporter.process import ExporterSettings
 from services.metrics_server import MAX_CALLERS, PLAIN, MetricsServer
@@ -26,6 +28,13 @@ def get(server: MetricsServer, path: str, token: str | None = None) -> tuple[int
     text = answer.read().decode()
     connection.close()
     return answer.status, text
+
+
+def is_well(server: MetricsServer) -> bool:
+    try:
+        return get(server, "/health")[0] == 200
+    except (OSError, http.client.HTTPException):
+        return False
 
 
 def figures() -> tuple[str, bytes]:
@@ -96,6 +105,51 @@ def test_callers_beyond_the_limit_are_turned_away_and_make_room_when_they_go() -
 
         threading.Thread(target=ask, daemon=True).start()
         assert answered.wait(10)
+
+
+@pytest.mark.parametrize("slow", ["asking", "listening"])
+def test_callers_that_trickle_make_room_when_their_time_is_over(
+    slow: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each byte in time, and never done: the probes of everybody else must not fail for long."""
+    monkeypatch.setattr(metrics_server, "REQUEST_SECONDS", 2.0)
+    page = PLAIN, bytes(32 << 20)
+    with MetricsServer({"/figures": figures, "/ready": lambda: page}) as server:
+        where = urlsplit(server.address)
+        callers = [
+            socket.create_connection((where.hostname or "", where.port or 0)) for _ in range(MAX_CALLERS)
+        ]
+        ended = threading.Event()
+
+        def trickle(caller: socket.socket) -> None:
+            try:
+                caller.sendall(b"GET /ready HTTP/1.0\r\n" + (b"\r\n" if slow == "listening" else b"X: "))
+                while not ended.wait(0.1):
+                    if slow == "asking":
+                        caller.sendall(b"x")
+                    elif not caller.recv(1):
+                        return
+            except OSError:
+                pass
+
+        threads = [threading.Thread(target=trickle, args=(caller,)) for caller in callers]
+        for thread in threads:
+            thread.start()
+
+        def wait_for_health(answered: bool) -> None:
+            end = time.monotonic() + 6
+            while is_well(server) is not answered:
+                assert time.monotonic() < end, f"never {answered}"
+                time.sleep(0.02)
+
+        try:
+            wait_for_health(False)
+            wait_for_health(True)
+        finally:
+            ended.set()
+            for thread, caller in zip(threads, callers, strict=True):
+                thread.join()
+                caller.close()
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "10.0.0.5", "::", "trainer"])
