@@ -69,13 +69,16 @@ async def test_teachers_and_runs_are_known_by_whoever_asked_or_joined(queue: Que
     assert await queue.teachers() == ["asked", "joined"], "a replica that leaves leaves its queue behind"
 
 
-async def test_a_refused_group_makes_no_name_known(queue: Queue) -> None:
+async def test_a_refused_group_makes_its_names_known(queue: Queue) -> None:
+    """Or a queue that an older version filled would stay unknown, and nobody would start a replica for it."""
+    client: Any = queue._client
     await submit(queue, 0)
+    await client.delete(queue.keys.teachers, queue.keys.runs)
     too_much = make_group(RUN, 1)
     too_much.rollouts.append(Rollout(response_ids=bytes(4 * 1000)))
     both = [make_request(TEACHER, "a"), make_request("other", "b")]
     assert await queue.submit_group(too_much, both) is Submitted.FULL
-    assert await queue.teachers() == [TEACHER]
+    assert (await queue.teachers(), await queue.runs()) == ([TEACHER, "other"], [RUN])
 
 
 # What waits and what is being worked on.
@@ -147,6 +150,32 @@ async def test_an_entry_of_somebody_else_in_front_does_not_hide_what_waits(wide:
     await client.xadd(wide.keys.jobs(TEACHER).stream, {"what": "ever"})
     await submit(wide, 1)
     assert await split(wide) == (2, tokens(1), 0, 0)
+
+
+async def leave_as_an_older_version(queue: Queue, count: int) -> None:
+    """Jobs of ten tokens each, without the counts that load.lua goes by."""
+    client: Any = queue._client
+    jobs = queue.keys.jobs(TEACHER)
+    for index in range(count):
+        await client.xadd(jobs.stream, {"group": f"{RUN}-{index}", "view": "v", "run": RUN, "tokens": 10})
+        await client.hincrby(jobs.load, "queued_tokens", 10)
+    await client.xgroup_create(jobs.stream, jobs.group, "0")
+
+
+async def test_a_backlog_of_an_older_version_waits(wide: Queue) -> None:
+    await leave_as_an_older_version(wide, 40)
+    assert await split(wide) == (40, 400, 0, 0)
+    async with wide.jobs(TEACHER, "replica") as replica:
+        assert len(await replica.claim(10, 1000)) == 10
+        assert await split(wide) == (30, 300, 10, 100)
+
+
+async def test_the_last_of_an_older_version_waits_with_what_came_after(wide: Queue) -> None:
+    await leave_as_an_older_version(wide, 3)
+    await submit(wide, 0)
+    async with wide.jobs(TEACHER, "replica") as replica:
+        assert len(await replica.claim(1, 1000)) == 1
+        assert await split(wide) == (3, 20 + tokens(0), 1, 10)
 
 
 async def test_figures_survive_an_entry_deleted_by_hand(wide: Queue) -> None:

@@ -22,13 +22,18 @@ local function oldest(...)
   return lowest and math.max(0, now_ms() - lowest) or 0
 end
 
--- Each entry knows how many tokens were added before it, so nothing behind the first one is read.
-local function tokens_from(entries, added)
+-- Each entry knows how many tokens were added before it, so nothing behind the first one is read. Entries of
+-- a version that did not count so know their own; a front of nothing else gets its share of all by number.
+local function tokens_from(entries, fresh, pending, queued, added)
+  local passed = 0
   for _, entry in ipairs(entries) do
-    local before = tonumber(to_table(entry[2]).before)
-    if before then return added - before end
+    local fields = to_table(entry[2])
+    local before = tonumber(fields.before)
+    if before then return passed + added - before end
+    passed = passed + (tonumber(fields.tokens) or 0)
   end
-  return 0
+  if passed == 0 then return 0 end
+  return math.floor(queued * fresh / (fresh + pending) + 0.5)
 end
 
 -- Entries and tokens of those among the pending ones that anyone may claim. Exact for all of them, or up to
@@ -61,7 +66,8 @@ local fresh = group.lag or #redis.call('XRANGE', STREAM, after, '+', 'COUNT', MA
 local front = fresh > 0 and redis.call('XRANGE', STREAM, after, '+', 'COUNT', MAX_MALFORMED) or {}
 local first_pending = group.pending > 0 and redis.call('XPENDING', STREAM, GROUP)[2]
 
-local fresh_tokens = math.max(0, math.min(queued, tokens_from(front, added)))
+local from_front = tokens_from(front, fresh, group.pending, queued, added)
+local fresh_tokens = math.max(0, math.min(queued, from_front))
 local back, back_tokens = handed_back(group.pending, queued - fresh_tokens)
 return {
   length, fresh + back, group.pending - back, group.consumers,

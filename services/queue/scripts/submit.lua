@@ -23,9 +23,13 @@ if redis.call('EXISTS', group) == 1 then
   return 'exists'
 end
 
+-- Known also when the group is refused: what fills the queue may be from a version that kept no names, and
+-- who scales teachers by these figures must see it.
+redis.call('SADD', NAMESPACE .. ':runs', run)
 local asked = {}
 for i = 0, views - 1 do
   local load = KEYS[FIRST_KEY + 2 * i + 1]
+  redis.call('SADD', NAMESPACE .. ':teachers', ARGV[FIRST_ARG + PER_VIEW * i + 3])
   asked[load] = (asked[load] or 0) + tonumber(ARGV[FIRST_ARG + PER_VIEW * i + 2])
 end
 for load, tokens in pairs(asked) do
@@ -34,14 +38,12 @@ for load, tokens in pairs(asked) do
   if queued > 0 and queued + tokens > limit then return 'full' end
 end
 
-redis.call('SADD', NAMESPACE .. ':runs', run)
 redis.call('HSET', group, 'group', group_bytes, 'run', run, 'pending', views, 'status', 'queued')
 if order_entry ~= '' then redis.call('SADD', submitted, group_id) end
 for i = 0, views - 1 do
   local jobs, load = KEYS[FIRST_KEY + 2 * i], KEYS[FIRST_KEY + 2 * i + 1]
-  local view, request, tokens, teacher = unpack(ARGV, FIRST_ARG + PER_VIEW * i, FIRST_ARG + PER_VIEW * i + 3)
+  local view, request, tokens = unpack(ARGV, FIRST_ARG + PER_VIEW * i, FIRST_ARG + PER_VIEW * i + 2)
   redis.call('HSET', group, 'request:' .. view, request)
-  redis.call('SADD', NAMESPACE .. ':teachers', teacher)
   -- How many tokens were added before it: so what waits is known from the first entry that waits.
   local before = redis.call('HINCRBY', load, 'added_tokens', tokens) - tokens
   local entry = {'group', group_id, 'view', view, 'run', run, 'tokens', tokens,
