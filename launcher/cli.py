@@ -13,7 +13,7 @@ import typer
 from launcher.cli_errors import one_line_errors
 from launcher.cli_look import exporter, status
 from launcher.cli_teacher import PASSES_OPTIONS_ON, teacher
-from launcher.queue_address import QUEUE_URL_VARIABLE, given_queue_url
+from launcher.queue_address import PASSWORD_BELONGS, QUEUE_URL_VARIABLE, given_queue_url
 
 app = typer.Typer(
     name="tutelage",
@@ -45,7 +45,7 @@ QueueUrl = Annotated[
         "--queue",
         metavar="URL",
         envvar=QUEUE_URL_VARIABLE,
-        help="The queue's address, instead of the run file's.",
+        help=f"The queue's address, instead of the run file's. {PASSWORD_BELONGS}",
         show_default=False,
     ),
 ]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from launcher.cli_errors import one_line_errors
-from launcher.queue_address import QUEUE_URL_VARIABLE, given_queue_url
+from launcher.queue_address import PASSWORD_BELONGS, QUEUE_URL_VARIABLE, given_queue_url
 
 if TYPE_CHECKING:
     from student_trainer.config import RunConfig
@@ -19,7 +19,7 @@ QueueUrl = Annotated[
         "--queue",
         metavar="URL",
         envvar=QUEUE_URL_VARIABLE,
-        help="The queue's address: redis://, rediss:// or unix://.",
+        help=f"The queue's address: redis://, rediss:// or unix://. {PASSWORD_BELONGS}",
         show_default=False,
     ),
 ]

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from launcher.cli_errors import one_line_errors
-from launcher.queue_address import QUEUE_URL_VARIABLE, given_queue_url
+from launcher.queue_address import PASSWORD_BELONGS, QUEUE_URL_VARIABLE, given_queue_url
 from launcher.vllm_arguments import parse_engine_arguments
 
 # With --engine vllm, an option that is not ours is vLLM's.
@@ -87,7 +87,9 @@ def teacher(
     queue: Annotated[
         str | None,
         typer.Option(
-            metavar="URL", envvar=QUEUE_URL_VARIABLE, help="Also take jobs from this Redis or Valkey."
+            metavar="URL",
+            envvar=QUEUE_URL_VARIABLE,
+            help=f"Also take jobs from this Redis or Valkey. {PASSWORD_BELONGS}",
         ),
     ] = None,
     namespace: Annotated[str, typer.Option(help="Prefix of the queue's keys.")] = "tutelage",

@@ -10,14 +10,29 @@ from pathlib import Path
 
 QUEUE_URL_VARIABLE = "TUTELAGE_QUEUE_URL"
 QUEUE_URL_FILE_VARIABLE = "TUTELAGE_QUEUE_URL_FILE"
+PASSWORD_BELONGS = f"With a password, set {QUEUE_URL_VARIABLE} or {QUEUE_URL_FILE_VARIABLE} instead."
 
 
 def given_queue_url(option: str | None = None) -> str | None:
     """`option`, else TUTELAGE_QUEUE_URL, else what the file TUTELAGE_QUEUE_URL_FILE names holds, else None.
 
     Raises:
-        TutelageError: INVALID_ARGUMENT when that file cannot be read or is empty.
+        TutelageError: INVALID_ARGUMENT when that file cannot be read or is empty, or no address is in it or given.
     """
+    found = _said(option)
+    if found is None:
+        return None
+    from tutelage_client.errors import invalid
+
+    from services.queue_address import queue_address
+
+    try:
+        return queue_address(found)
+    except ValueError as error:
+        raise invalid(str(error)) from None
+
+
+def _said(option: str | None) -> str | None:
     given = option or os.environ.get(QUEUE_URL_VARIABLE)
     path = os.environ.get(QUEUE_URL_FILE_VARIABLE)
     if given or not path:

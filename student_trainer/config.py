@@ -6,7 +6,6 @@ An unknown key is an error that names its section and the nearest key that exist
 
 from __future__ import annotations
 
-import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from services.access import LOOPBACK, TokenCheck, TokenSettings, check_exposure
 from services.models.vllm_settings import MAX_BATCH_TOKENS, VllmSettings, check_engine
+from services.queue_address import FORM, is_queue_address
 from student_trainer.config_errors import RunFileError, describe_errors
 from student_trainer.objective.settings import ObjectiveSettings
 from student_trainer.sampler.settings import DataSettings, SamplingSettings
@@ -71,12 +71,8 @@ class QueueSettings(_Section):
     @field_validator("url")
     @classmethod
     def _is_an_address(cls, url: str) -> str:
-        if url != "embedded" and not re.match(r"(redis|rediss|unix)://.", url):
-            scheme = url.partition(":")[0][:20]
-            raise ValueError(
-                f'must be "embedded" or a redis://, rediss:// or unix:// address, got one that begins with '
-                f"{scheme!r} (the rest is not shown, it may hold a password)"
-            )
+        if url != "embedded" and not is_queue_address(url):
+            raise ValueError(f'must be "embedded" or {FORM}')
         return url
 
 

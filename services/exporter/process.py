@@ -20,6 +20,7 @@ from services.exporter.families import QueueCollector
 from services.logs import log_to_stderr
 from services.metrics_server import PLAIN, MetricsServer, metrics_page
 from services.queue import LeaseSettings, Overview, Queue
+from services.queue_address import QueueAddress
 
 # A look is tried again for so long, because a server that has just restarted wants it; one that hangs is left
 # sooner than Prometheus, which by default waits for 10 s, leaves us.
@@ -32,7 +33,7 @@ log = structlog.get_logger(__name__)
 class ExporterSettings(TokenSettings):
     """Where the queue is, and where to listen."""
 
-    queue_url: str = Field(description="redis://, rediss:// or unix:// address of the queue")
+    queue_url: QueueAddress = Field(description="redis://, rediss:// or unix:// address of the queue")
     namespace: str = Field(default="tutelage", description="prefix of every key in the queue")
     heartbeat_seconds: float = Field(
         default=5.0, gt=0, description="of the replicas: after 1.5 of these a silent one's jobs wait again"

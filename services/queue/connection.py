@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import redis
 import redis.asyncio
@@ -67,10 +67,20 @@ def connect_blocking(url: str, timeout: float) -> redis.Redis:
     )
 
 
+# Whatever it is, what stands before the last "@" is no place; the query may hold a password with one, too.
+_PLACE = re.compile(
+    r"(?P<scheme>rediss?|unix)://"
+    r"(?:[^?]*(?:\?[^=]*)?@)?"
+    r"(?P<place>(?:\[[\w:.%]+\]|[\w.%-]*)(?::\d+)?(?:/[^?#@]*)?)"
+    r"(?:[?#][^@]*)?",
+    re.DOTALL,
+)
+
+
 def without_secrets(url: str) -> str:
-    """`url` for people to read: without user, password and query."""
-    address = urlsplit(url)
-    return f"{address.scheme}://{address.netloc.rpartition('@')[2]}{address.path}"
+    """`url` for people to read: without user, password and query, also when it is malformed."""
+    found = _PLACE.fullmatch(url)
+    return f"{found['scheme']}://{found['place']}" if found else "(address not shown)"
 
 
 class Outage:

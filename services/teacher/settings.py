@@ -12,6 +12,7 @@ from tutelage_client.types import Limits
 
 from services.api.settings import ServiceSettings
 from services.models.vllm_settings import MAX_BATCH_TOKENS, VllmSettings, check_engine
+from services.queue_address import QueueAddress
 from services.teacher.engines.fake import FakeSettings
 
 EngineName = Literal["transformers", "vllm", "fake"]
@@ -65,7 +66,9 @@ class TeacherSettings(BaseModel):
     vllm: VllmSettings = Field(default_factory=VllmSettings, description="the vLLM engine's arguments")
     limits: LimitSettings = Field(default_factory=LimitSettings)
     service: ServiceSettings = Field(default_factory=ServiceSettings)
-    queue_url: str | None = Field(default=None, description="redis://… of the queue to take jobs from")
+    queue_url: QueueAddress | None = Field(
+        default=None, description="redis://… of the queue to take jobs from"
+    )
     namespace: str = Field(default="tutelage", description="prefix of every key in the queue")
     heartbeat_seconds: float = Field(default=5.0, gt=0, description="how often a job's lease is renewed")
     queue_concurrency: int = Field(default=8, ge=1, description="jobs held from the queue at once")

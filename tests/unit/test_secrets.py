@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 import structlog
+from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from launcher.cli import app
 from launcher.doctor import check_queue
 from launcher.up import child_specs
+from services.exporter.process import ExporterSettings
 from services.logs import log_to_stderr
 from services.queue.connection import without_secrets
+from services.queue_address import queue_address
 from student_trainer.config import load_run_config
 
 SECRET = "open-sesame"
@@ -123,10 +126,95 @@ async def test_doctor_names_the_queue_without_its_password(run_file: Path) -> No
         ("rediss://:pw@host:6379", "rediss://host:6379"),
         ("unix:///tmp/queue.sock?password=pw", "unix:///tmp/queue.sock"),
         ("redis://host/2?password=pw", "redis://host/2"),
+        ("redis://u:pw@[::1]:6379/0", "redis://[::1]:6379/0"),
+        ("redis://:s3cr#et@h", "redis://h"),
+        ("redis://:s3cr?et@h:1", "redis://h:1"),
+        ("redis://:s3/cret@localhost:6399/0", "redis://localhost:6399/0"),
+        ("redis://:s3@c/r#et@h:1/0", "redis://h:1/0"),
+        ("redis://host/2?password=s3@cret", "(address not shown)"),
+        ("redis://:s3cret", "(address not shown)"),
+        ("redis:/:s3cret@h", "(address not shown)"),
+        ("s3cret", "(address not shown)"),
     ],
 )
 def test_a_url_is_shown_without_user_password_and_query(url: str, shown: str) -> None:
     assert without_secrets(url) == shown
+
+
+MALFORMED = [
+    "redis://:s3cr#et@localhost:6399/0",
+    "redis://:s3cr/et@localhost:6399/0",
+    "redis://:s3cr?et@localhost:6399/0",
+    "redis://s3cr:12#et@localhost:6399/0",
+    "redis://s3cr:12/et@localhost:6399/0",
+    "redis://s3cr:12?et@localhost:6399/0",
+    "redis://s3cr:12?e=t@localhost:6399/0",
+    "redis://:s3cr",
+    "redis://:pw@[s3cr",
+    "reddis://:s3cr@h",
+    "redis:/:s3cr@h",
+    "s3cr",
+]
+TAKING_A_QUEUE = [
+    ["status", "--once"], ["exporter", "--port", "0"], ["teacher", "--engine", "fake"], ["up", "RUN.toml"],
+    ["rollout", "RUN.toml"], ["train", "RUN.toml"], ["doctor", "RUN.toml"],
+]  # fmt: skip
+
+
+def refuses(arguments: list[str], environment: dict[str, str] | None = None) -> bool:
+    ran = CliRunner().invoke(app, arguments, env=environment)
+    assert ran.exit_code == 2, ran.output
+    assert "s3cr" not in ran.output
+    assert "percent-encode" in ran.stderr
+    return len(ran.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("url", MALFORMED)
+def test_a_malformed_address_is_one_line_that_does_not_show_it(url: str, run_file: Path) -> None:
+    assert refuses(["status", "--once", "--queue", url])
+    assert refuses(["teacher", "--engine", "fake", "--set", f"queue_url={url}"])
+    run_file.write_text(RUN_FILE.replace(URL, url))
+    assert refuses(["status", "--once", str(run_file)])
+
+
+@pytest.mark.parametrize("command", TAKING_A_QUEUE, ids=lambda words: words[0])
+@pytest.mark.parametrize("where", ["option", "environment", "file"])
+def test_every_command_refuses_a_malformed_address(command: list[str], where: str, run_file: Path) -> None:
+    secret = run_file.with_name("queue-url")
+    secret.write_text(MALFORMED[0])
+    command = [word.replace("RUN.toml", str(run_file)) for word in command]
+    if where == "option":
+        assert refuses([*command, "--queue", MALFORMED[0]])
+    elif where == "environment":
+        assert refuses(command, {"TUTELAGE_QUEUE_URL": MALFORMED[0]})
+    else:
+        assert refuses(command, {"TUTELAGE_QUEUE_URL_FILE": str(secret)})
+
+
+def test_a_refused_address_of_the_exporter_is_not_shown() -> None:
+    with pytest.raises(ValidationError, match="percent-encode") as refusal:
+        ExporterSettings(queue_url=MALFORMED[0])
+    assert "s3cr" not in refusal.value.errors()[0]["msg"]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://h",
+        "redis://h:6379/",
+        "rediss://u:s3cr%23et@[::1]:6379/0?ssl_cert_reqs=none",
+        "redis://queue.svc.cluster.local:6379/2?password=s3cr%40et",
+        "unix:///tmp/a b/queue.sock?db=1",
+    ],
+)
+def test_a_good_address_is_taken_as_it_is(url: str) -> None:
+    assert queue_address(url) == url
+
+
+@pytest.mark.parametrize("command", TAKING_A_QUEUE, ids=lambda words: words[0])
+def test_help_says_where_a_password_belongs(command: list[str]) -> None:
+    ran = CliRunner().invoke(app, [command[0], "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
+    assert "TUTELAGE_QUEUE_URL_FILE instead" in " ".join(ran.output.replace("│", " ").split())
 
 
 @pytest.mark.parametrize(

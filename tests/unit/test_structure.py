@@ -22,6 +22,7 @@ ALLOWED = {
         "services.logs",
         "services.metrics_server",
         "services.queue",
+        "services.queue_address",
     },
     "services/teacher": {
         "services.access",
@@ -29,6 +30,7 @@ ALLOWED = {
         "services.exit_status",
         "services.logs",
         "services.queue",
+        "services.queue_address",
         "services.models",
         "services.tracing",
     },
@@ -38,6 +40,7 @@ ALLOWED = {
         "services.logs",
         "services.metrics_server",
         "services.queue",
+        "services.queue_address",
         "services.models",
         "services.strict_json",
         "services.tracing",
