@@ -17,7 +17,7 @@ def given_queue_url(option: str | None = None) -> str | None:
     """`option`, else TUTELAGE_QUEUE_URL, else what the file TUTELAGE_QUEUE_URL_FILE names holds, else None.
 
     Raises:
-        TutelageError: INVALID_ARGUMENT when that file cannot be read or is empty, or no address is in it or given.
+        TutelageError: INVALID_ARGUMENT when that file cannot be read or is empty, or this is no address.
     """
     found = _said(option)
     if found is None:
