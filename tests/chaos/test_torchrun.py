@@ -204,8 +204,10 @@ def test_ranks_wait_for_a_queue_that_is_away_at_the_start(bench: Bench, started:
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_the_other_node_waits_for_one_that_comes_in_place_of_a_drained_one(
-    bench: Bench, whole: TrainingRun, started: list[Torchrun]
+    bench: Bench, whole: TrainingRun, started: list[Torchrun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # As in the Job: else torchrun tells a node that is new where its store is in the first round alone.
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     run = bench.run("drained")
     bench.processes.sampler(run)
     start = partial(Torchrun.start, run, ranks=1, restarts=2, options=("--unfinished-status=75",))
