@@ -40,8 +40,8 @@ def channel_options(max_message_bytes: int) -> Sequence[tuple[str, Any]]:
         ("grpc.enable_retries", 0),  # RetryPolicy decides; two layers of retries multiply
         ("grpc.use_local_subchannel_pool", 1),
         ("grpc.initial_reconnect_backoff_ms", 100),
-        # Despite its name, how long a connection may take to be made: a busy machine needs more than the first
-        # backoff, and one that has vanished must not hold a call for long.
+        # Despite its name, how long a connection may take to be made: a busy machine needs more than the
+        # first backoff, and one that has vanished must not hold a call for long.
         ("grpc.min_reconnect_backoff_ms", 2_000),
         ("grpc.max_reconnect_backoff_ms", 2_000),
         ("grpc.keepalive_time_ms", KEEPALIVE_MS),  # a peer that vanished is noticed in the middle of a call
