@@ -25,8 +25,8 @@ def killed_in_turn(check: Check) -> None:
     stack.compose("up", "--detach", "exporter")
     stack.say("docker compose up --detach, and exporter")
     stack.wait_for(lambda: stack.step() >= 5, "step 5")
-    stack.say(f"step {stack.step()}: docker compose up --scale teacher=3")
-    stack.compose("up", "--detach", "--no-recreate", "--scale", "teacher=3")
+    stack.say(f"step {stack.step()}: docker compose up --scale teacher=4")
+    stack.compose("up", "--detach", "--no-recreate", "--scale", "teacher=4")
     kill(check, "teacher", at=15, told=lambda _: said_by_trainer(stack, "no teacher:teacher", "replicas"))
     kill(check, "sampler", at=30, told=lambda _: said_by_trainer(stack, "no sampler:", "samplers"))
     kill(check, "queue", at=45, told=lambda since: said_by_all(stack, since))
@@ -35,7 +35,7 @@ def killed_in_turn(check: Check) -> None:
     stack.say(f"finished {time.monotonic() - begun:.0f} s after its start")
     report_outcome(check)
     counts = {name: stack.inspect(name)["RestartCount"] for name in stack.containers("teacher")}
-    check.that(len(counts) == 3 and not any(counts.values()), f"no process ended by itself: {counts}")
+    check.that(len(counts) == 4 and not any(counts.values()), f"no process ended by itself: {counts}")
 
 
 def kill(check: Check, service: str, *, at: int, told: Callable[[float], str | None]) -> None:
