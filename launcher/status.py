@@ -70,8 +70,11 @@ async def _once(queue: Queue, lookout: Lookout) -> StackLook:
 
 async def _live(queue: Queue, lookout: Lookout, console: Console) -> None:
     last: StackLook | None = None
+    task = asyncio.current_task()
+    assert task is not None
     with Live(console=console, auto_refresh=False, redirect_stderr=False) as live:
-        while True:
+        # Python 3.11's wait_for, which redis-py uses, can swallow the cancellation that Ctrl-C is.
+        while not task.cancelling():
             problem = None
             try:
                 async with asyncio.timeout(PATIENCE_SECONDS):
