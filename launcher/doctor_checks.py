@@ -33,11 +33,9 @@ class Finding:
 
 def check_objective(config: RunConfig, limits: dict[str, Limits]) -> Iterator[Finding]:
     """What the objective asks for, its warnings, and whether every teacher can serve it."""
-    from student_trainer.objective.compile import check_limits, compile_plan
+    from student_trainer.objective.compile import check_limits
 
-    plan = compile_plan(
-        config.objective, student_temperature=config.sampling.temperature, teachers=list(config.teachers)
-    )
+    plan = config.plan()
     if plan.needs_teacher:
         asked = ", ".join(
             f"{view} asks {teacher} for {_signal_words(signal)}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -19,6 +19,9 @@ from services.queue_address import FORM, is_queue_address
 from student_trainer.config_errors import RunFileError, describe_errors
 from student_trainer.objective.settings import ObjectiveSettings
 from student_trainer.sampler.settings import DataSettings, SamplingSettings
+
+if TYPE_CHECKING:
+    from student_trainer.objective.plan import Plan
 
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
@@ -240,6 +243,14 @@ class RunConfig(_Section):
     def threads(self) -> int | None:
         """CPU threads that every process of the run sets; None leaves torch's choice."""
         return 1 if self.run.deterministic else self.run.threads
+
+    def plan(self) -> Plan:
+        """The objective, compiled for this run; raises ObjectiveError."""
+        from student_trainer.objective.compile import compile_plan
+
+        return compile_plan(
+            self.objective, student_temperature=self.sampling.temperature, teachers=sorted(self.teachers)
+        )
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:

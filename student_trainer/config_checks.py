@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from student_trainer.objective.compile import Plan, compile_plan
+from student_trainer.objective.plan import Plan
 from student_trainer.objective.settings import ObjectiveError
 
 if TYPE_CHECKING:
@@ -37,11 +37,7 @@ def _check_teacher_names(config: RunConfig) -> None:
 
 def _check_objective(config: RunConfig) -> Plan:
     try:
-        plan = compile_plan(
-            config.objective,
-            student_temperature=config.sampling.temperature,
-            teachers=sorted(config.teachers),
-        )
+        plan = config.plan()
     except ObjectiveError as error:
         raise ValueError(str(error)) from error
     if plan.in_process:

@@ -23,7 +23,7 @@ from student_trainer.evaluations import Evaluations
 from student_trainer.follower import follow
 from student_trainer.learner import Learner
 from student_trainer.metrics import open_trackers
-from student_trainer.objective.compile import Plan, compile_plan
+from student_trainer.objective.plan import Plan
 from student_trainer.pacing import Pacer
 from student_trainer.policy_store import PolicyStore
 from student_trainer.ranks import Ranks, accompany, is_loss, join
@@ -54,7 +54,7 @@ def main(config: RunConfig, unfinished_status: int = 0) -> int:
     log_to_stderr()
     with join(config.student.device, config.training.rank_timeout_seconds) as ranks:
         _configure_torch(config)
-        plan = _compile_plan(config)
+        plan = config.plan()
         check_objective(plan, ranks.world)
         if not ranks.leads:
             finished = follow(_load_learner(config, plan, ranks), ranks)
@@ -172,14 +172,6 @@ async def _build(
         ),
         watch=watch,
         stop=stop,
-    )
-
-
-def _compile_plan(config: RunConfig) -> Plan:
-    return compile_plan(
-        config.objective,
-        student_temperature=config.sampling.temperature,
-        teachers=sorted(config.teachers),
     )
 
 

@@ -20,7 +20,6 @@ import numpy as np
 from tutelage_client import AsyncTeacherClient, ScoreRequest, Signal, codec
 
 from student_trainer.config import load_run_config
-from student_trainer.objective.compile import compile_plan
 
 WAIT_SECONDS = 30.0  # of work in front of each replica: what hpa.yaml's waiting tokens mean
 BUSY = 0.7  # share of its time that a replica should work on average
@@ -56,9 +55,7 @@ class Need:
 def needs(run_file: Path, *, context: int, response: int | None) -> list[Need]:
     """One entry per teacher of the run file; `response` is max_new_tokens when nobody knows better."""
     config = load_run_config(run_file)
-    plan = compile_plan(
-        config.objective, student_temperature=config.sampling.temperature, teachers=sorted(config.teachers)
-    )
+    plan = config.plan()
     found: dict[str, list[Signal]] = {}
     for teacher, signal in plan.view_requests.values():
         found.setdefault(teacher, []).append(signal)

@@ -104,6 +104,12 @@ def check_pins(pins: Pins, identity: Identity) -> None:
             raise TutelageError(
                 "FAILED_PRECONDITION", f"pins.{field}: got {shown(wanted)}, this teacher has {here!r}"
             )
+    least = pins.min_weights_version
+    if least is not None and identity.weights_version < least:
+        raise TutelageError(
+            "FAILED_PRECONDITION",
+            f"pins.min_weights_version: got {least}, this teacher has {identity.weights_version}",
+        )
 
 
 def _reply_bytes(request: ScoreRequest) -> int:

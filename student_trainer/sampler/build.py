@@ -14,7 +14,7 @@ from tutelage_client.types import Int32Array
 from services.models.fingerprint import tokenizer_fingerprint
 from services.models.load import LoadedModel, load_weights
 from student_trainer.config import RunConfig
-from student_trainer.objective.compile import Plan, compile_plan
+from student_trainer.objective.plan import Plan
 from student_trainer.policy_store import PolicyStore, PolicyVersion
 from student_trainer.sampler.data import PromptSource, load_prompts
 from student_trainer.sampler.engines import ModelSource, load_plain, open_generator, self_test
@@ -39,9 +39,7 @@ def build_sampler(config: RunConfig, first: PolicyVersion) -> tuple[StudentPolic
 
 def _build(config: RunConfig, first: PolicyVersion, opened: ExitStack) -> tuple[StudentPolicy, GroupSampler]:
     sampling = config.sampling
-    plan = compile_plan(
-        config.objective, student_temperature=sampling.temperature, teachers=sorted(config.teachers)
-    )
+    plan = config.plan()
     rescores = sampling.student_share < 1.0 and plan.student_candidates > 0
     source = ModelSource(first.path, None, config.student.dtype, config.student.device)
     plain = load_plain(sampling, source, stays=rescores)

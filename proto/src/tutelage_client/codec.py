@@ -117,6 +117,7 @@ def pins_from_proto(message: pb.Pins) -> t.Pins:
         else None,
         revision=message.revision if message.HasField("revision") else None,
         weights_version=message.weights_version if message.HasField("weights_version") else None,
+        min_weights_version=message.min_weights_version if message.HasField("min_weights_version") else None,
     )
 
 

@@ -44,6 +44,7 @@ class Pins:
     tokenizer_fingerprint: str | None = None
     revision: str | None = None
     weights_version: int | None = None
+    min_weights_version: int | None = None  # the least version that may answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +113,7 @@ class Identity:
     engine_version: str
     dtype: str
     head_dtype: str
+    weights_id: str = ""  # which publication of weights_version; empty for weights that never change
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Rollout(_message.Message):
-    __slots__ = ("response_ids", "behaviour_logprobs", "candidate_ids", "num_candidates", "reward", "finished", "text")
+    __slots__ = ("response_ids", "behaviour_logprobs", "candidate_ids", "num_candidates", "reward", "finished", "text", "privileged_views")
     RESPONSE_IDS_FIELD_NUMBER: _ClassVar[int]
     BEHAVIOUR_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     CANDIDATE_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -16,6 +16,7 @@ class Rollout(_message.Message):
     REWARD_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
+    PRIVILEGED_VIEWS_FIELD_NUMBER: _ClassVar[int]
     response_ids: bytes
     behaviour_logprobs: bytes
     candidate_ids: bytes
@@ -23,7 +24,8 @@ class Rollout(_message.Message):
     reward: float
     finished: bool
     text: str
-    def __init__(self, response_ids: _Optional[bytes] = ..., behaviour_logprobs: _Optional[bytes] = ..., candidate_ids: _Optional[bytes] = ..., num_candidates: _Optional[int] = ..., reward: _Optional[float] = ..., finished: bool = ..., text: _Optional[str] = ...) -> None: ...
+    privileged_views: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, response_ids: _Optional[bytes] = ..., behaviour_logprobs: _Optional[bytes] = ..., candidate_ids: _Optional[bytes] = ..., num_candidates: _Optional[int] = ..., reward: _Optional[float] = ..., finished: bool = ..., text: _Optional[str] = ..., privileged_views: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class PolicyStretch(_message.Message):
     __slots__ = ("id", "start")
@@ -34,7 +36,14 @@ class PolicyStretch(_message.Message):
     def __init__(self, id: _Optional[str] = ..., start: _Optional[int] = ...) -> None: ...
 
 class Group(_message.Message):
-    __slots__ = ("id", "run", "index", "policy_version", "prompt_ids", "rollouts", "temperature", "prompt_text", "traceparent", "sampled_by", "lineage")
+    __slots__ = ("id", "run", "index", "policy_version", "prompt_ids", "rollouts", "temperature", "prompt_text", "traceparent", "sampled_by", "lineage", "tag", "view_weights")
+    class ViewWeightsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
     ID_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
@@ -46,6 +55,8 @@ class Group(_message.Message):
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     SAMPLED_BY_FIELD_NUMBER: _ClassVar[int]
     LINEAGE_FIELD_NUMBER: _ClassVar[int]
+    TAG_FIELD_NUMBER: _ClassVar[int]
+    VIEW_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     id: str
     run: str
     index: int
@@ -57,7 +68,9 @@ class Group(_message.Message):
     traceparent: str
     sampled_by: str
     lineage: _containers.RepeatedCompositeFieldContainer[PolicyStretch]
-    def __init__(self, id: _Optional[str] = ..., run: _Optional[str] = ..., index: _Optional[int] = ..., policy_version: _Optional[int] = ..., prompt_ids: _Optional[bytes] = ..., rollouts: _Optional[_Iterable[_Union[Rollout, _Mapping]]] = ..., temperature: _Optional[float] = ..., prompt_text: _Optional[str] = ..., traceparent: _Optional[str] = ..., sampled_by: _Optional[str] = ..., lineage: _Optional[_Iterable[_Union[PolicyStretch, _Mapping]]] = ...) -> None: ...
+    tag: str
+    view_weights: _containers.ScalarMap[str, float]
+    def __init__(self, id: _Optional[str] = ..., run: _Optional[str] = ..., index: _Optional[int] = ..., policy_version: _Optional[int] = ..., prompt_ids: _Optional[bytes] = ..., rollouts: _Optional[_Iterable[_Union[Rollout, _Mapping]]] = ..., temperature: _Optional[float] = ..., prompt_text: _Optional[str] = ..., traceparent: _Optional[str] = ..., sampled_by: _Optional[str] = ..., lineage: _Optional[_Iterable[_Union[PolicyStretch, _Mapping]]] = ..., tag: _Optional[str] = ..., view_weights: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class ViewRequest(_message.Message):
     __slots__ = ("view", "teacher", "pins", "signal", "contexts")

@@ -33,7 +33,7 @@ class GetTeacherResponse(_message.Message):
     def __init__(self, identity: _Optional[_Union[Identity, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., ready: bool = ...) -> None: ...
 
 class Identity(_message.Message):
-    __slots__ = ("name", "model", "revision", "weights_version", "tokenizer_fingerprint", "vocab_size", "engine", "engine_version", "dtype", "head_dtype")
+    __slots__ = ("name", "model", "revision", "weights_version", "tokenizer_fingerprint", "vocab_size", "engine", "engine_version", "dtype", "head_dtype", "weights_id")
     NAME_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
@@ -44,6 +44,7 @@ class Identity(_message.Message):
     ENGINE_VERSION_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     HEAD_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_ID_FIELD_NUMBER: _ClassVar[int]
     name: str
     model: str
     revision: str
@@ -54,7 +55,8 @@ class Identity(_message.Message):
     engine_version: str
     dtype: str
     head_dtype: str
-    def __init__(self, name: _Optional[str] = ..., model: _Optional[str] = ..., revision: _Optional[str] = ..., weights_version: _Optional[int] = ..., tokenizer_fingerprint: _Optional[str] = ..., vocab_size: _Optional[int] = ..., engine: _Optional[str] = ..., engine_version: _Optional[str] = ..., dtype: _Optional[str] = ..., head_dtype: _Optional[str] = ...) -> None: ...
+    weights_id: str
+    def __init__(self, name: _Optional[str] = ..., model: _Optional[str] = ..., revision: _Optional[str] = ..., weights_version: _Optional[int] = ..., tokenizer_fingerprint: _Optional[str] = ..., vocab_size: _Optional[int] = ..., engine: _Optional[str] = ..., engine_version: _Optional[str] = ..., dtype: _Optional[str] = ..., head_dtype: _Optional[str] = ..., weights_id: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("max_sequences", "max_sequence_tokens", "max_request_tokens", "max_top_k", "max_candidates", "max_message_bytes", "entropy", "temperature")
@@ -93,14 +95,16 @@ class Signal(_message.Message):
     def __init__(self, sampled: bool = ..., top_k: _Optional[int] = ..., candidates: bool = ..., entropy: bool = ..., temperature: _Optional[float] = ..., encoding: _Optional[_Union[Encoding, str]] = ...) -> None: ...
 
 class Pins(_message.Message):
-    __slots__ = ("tokenizer_fingerprint", "revision", "weights_version")
+    __slots__ = ("tokenizer_fingerprint", "revision", "weights_version", "min_weights_version")
     TOKENIZER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_VERSION_FIELD_NUMBER: _ClassVar[int]
+    MIN_WEIGHTS_VERSION_FIELD_NUMBER: _ClassVar[int]
     tokenizer_fingerprint: str
     revision: str
     weights_version: int
-    def __init__(self, tokenizer_fingerprint: _Optional[str] = ..., revision: _Optional[str] = ..., weights_version: _Optional[int] = ...) -> None: ...
+    min_weights_version: int
+    def __init__(self, tokenizer_fingerprint: _Optional[str] = ..., revision: _Optional[str] = ..., weights_version: _Optional[int] = ..., min_weights_version: _Optional[int] = ...) -> None: ...
 
 class Context(_message.Message):
     __slots__ = ("ids",)
