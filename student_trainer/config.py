@@ -249,7 +249,10 @@ class RunConfig(_Section):
         from student_trainer.objective.compile import compile_plan
 
         return compile_plan(
-            self.objective, student_temperature=self.sampling.temperature, teachers=sorted(self.teachers)
+            self.objective,
+            student_temperature=self.sampling.temperature,
+            teachers=sorted(self.teachers),
+            run=self.run.name,
         )
 
     @model_validator(mode="after")

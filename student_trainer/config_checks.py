@@ -51,8 +51,13 @@ def _check_objective(config: RunConfig) -> Plan:
                 f"objective.{key}: is set, but this trainer neither marks positions nor keeps a gate; "
                 "it serves callers of objective_loss"
             )
-    if plan.needs_teacher and not config.teachers:
+    if not config.teachers and set(plan.scoring_teachers) - set(plan.implied_teachers):
         raise ValueError("[teachers.NAME]: the objective needs a teacher, and the run file has none")
+    if plan.routes and config.data.tag_field is None:
+        raise ValueError(
+            f"objective.views.{next(iter(plan.routes))}.route: needs [data] tag_field, which says the "
+            "examples' tags"
+        )
     return plan
 
 

@@ -89,6 +89,8 @@ def _annotations_at(root: type[BaseModel], parts: Iterable[int | str]) -> list[A
                 following += _members(annotation.model_fields[str(part)].annotation)
             elif typing.get_origin(annotation) is dict:
                 following += _members(typing.get_args(annotation)[1])
+            elif typing.get_origin(annotation) in (list, tuple) and part == "list":
+                following.append(annotation)  # the tag of this member of a union
             elif typing.get_origin(annotation) in (list, tuple):
                 following += [member for arg in typing.get_args(annotation) for member in _members(arg)]
             elif _is_model(annotation) and _is_tag(annotation, part):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from student_trainer.objective.plan import TRUNCATED
 from student_trainer.objective.settings import (
@@ -128,37 +127,10 @@ def needs_behaviour(row: ObjectiveSettings, needs_teacher: bool) -> bool:
     return uses_advantage or corrected
 
 
-def teacher_names(row: ObjectiveSettings, teachers: Sequence[str]) -> dict[str, str]:
-    """The teacher's name behind every view."""
-    weights = {view: spec.weights for view, spec in row.views.items()} or {"teacher": "teacher"}
-    return {view: _teacher_name(view, spec, teachers) for view, spec in weights.items()}
-
-
-def _teacher_name(view: str, weights: str, teachers: Sequence[str]) -> str:
-    kind, _, name = weights.partition(":")
-    if kind != "teacher":
-        raise ObjectiveError(
-            f'objective.views.{view}.weights: got {weights!r}, allowed: "teacher" or "teacher:NAME"'
-        )
-    if not name:
-        if len(teachers) > 1:
-            raise ObjectiveError(
-                f'objective.views.{view}.weights: "teacher" is ambiguous, allowed: '
-                + ", ".join(f'"teacher:{known}"' for known in teachers)
-            )
-        return teachers[0] if teachers else ""
-    if teachers and name not in teachers:
-        nearest = difflib.get_close_matches(name, teachers, n=1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        raise ObjectiveError(
-            f"objective.views.{view}.weights: got teacher {name!r}, allowed: {', '.join(teachers)}{hint}"
-        )
-    return name
-
-
 def check_views(row: ObjectiveSettings, divergence: Divergence, views: Mapping[str, float]) -> None:
     """Whether the views make a target, on this support and for this estimator."""
     _check_view_clips(row)
+    _check_contexts(row)
     if list(views.values()) == [1.0]:
         return
     got = ", ".join(f"{view}: {coefficient}" for view, coefficient in views.items())
@@ -191,6 +163,20 @@ def _check_view_clips(row: ObjectiveSettings) -> None:
             raise ObjectiveError(
                 f"objective.views.{name}.clip: set to {view.clip}, but it only acts on views after the "
                 'first, with target = "log_linear" and a support other than full'
+            )
+
+
+def _check_contexts(row: ObjectiveSettings) -> None:
+    for name, view in row.views.items():
+        where = f"objective.views.{name}"
+        if "missing" in view.model_fields_set and not view.templates:
+            raise ObjectiveError(f"{where}.missing: set to {view.missing!r}, but it only acts with a context")
+        if view.route and "weights" in view.model_fields_set:
+            raise ObjectiveError(f"{where}.weights: got {view.weights!r} with route; allowed: one of the two")
+        if row.support == "full" and view.route:
+            raise ObjectiveError(
+                f'{where}.route: set with support = "full", whose caller brings the teacher; allowed: a '
+                "support that is asked for over the wire"
             )
 
 

@@ -16,7 +16,6 @@ from student_trainer.objective.checks import (
     effective_temperature,
     needs_behaviour,
     objective_warnings,
-    teacher_names,
     temperature_warnings,
 )
 from student_trainer.objective.plan import (
@@ -29,12 +28,17 @@ from student_trainer.objective.plan import (
 )
 from student_trainer.objective.presets import idle_fields, resolve
 from student_trainer.objective.settings import Divergence, ObjectiveError, ObjectiveSettings
+from student_trainer.objective.view_names import implied_teachers, routes, teacher_names
 
 __all__ = ["Plan", "check_limits", "compile_plan"]
 
 
 def compile_plan(
-    settings: ObjectiveSettings, *, student_temperature: float, teachers: Sequence[str] = ()
+    settings: ObjectiveSettings,
+    *,
+    student_temperature: float,
+    teachers: Sequence[str] = (),
+    run: str = "run",
 ) -> Plan:
     """Check an objective and derive what it needs.
 
@@ -42,6 +46,7 @@ def compile_plan(
         settings: as written in the run file; the preset is resolved here.
         student_temperature: at which the rollouts are sampled.
         teachers: names of the run's teachers; empty skips the check of names.
+        run: the run's name, of which the teachers with the student's own weights have theirs.
 
     Raises:
         ObjectiveError: a combination without meaning; says which field and what is allowed.
@@ -58,7 +63,7 @@ def compile_plan(
     check_gates(row, needs_teacher)
     check_weights(row, needs_teacher)
     temperature = effective_temperature(row, student_temperature, needs_teacher)
-    names = teacher_names(row, teachers) if needs_teacher else {}
+    names = teacher_names(row, run, teachers) if needs_teacher else {}
     views = {view: row.views[view].coefficient if row.views else 1.0 for view in names}
     if needs_teacher:
         check_views(row, divergence, views)
@@ -108,14 +113,26 @@ def compile_plan(
         entropy_window=row.entropy_window or 0,
         gate=row.gate,
         view_clips={name: view.clip for name, view in row.views.items() if view.clip is not None},
+        contexts={
+            name: row.views[name].templates for name in names if row.views and row.views[name].templates
+        },
+        missing={name: view.missing for name, view in row.views.items() if name in names and view.templates},
+        routes=routes(row, teachers) if needs_teacher else {},
+        weight_fields={
+            name: view.weight_field
+            for name, view in row.views.items()
+            if name in names and view.weight_field is not None
+        },
+        implied_teachers=implied_teachers(row, run, teachers) if needs_teacher else {},
+        missing_view=row.missing_view,
     )
 
 
 def check_limits(plan: Plan, teacher: str, limits: Limits) -> list[str]:
     """What `teacher` cannot serve of the plan, as sentences; empty when all is well."""
     problems: list[str] = []
-    for view, (name, signal) in plan.view_requests.items():
-        if name not in ("", teacher):
+    for view, (_, signal) in plan.view_requests.items():
+        if not {"", teacher}.intersection(plan.teachers_of(view)):
             continue
         where = f"objective view {view!r} of teacher {teacher!r}"
         if signal.top_k > limits.max_top_k:

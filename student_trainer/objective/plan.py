@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 from tutelage_client.types import Signal
 
 from student_trainer.objective.settings import (
+    ContextTemplate,
     Correction,
     Divergence,
     Estimator,
     GateSettings,
+    MissingContext,
+    MissingView,
     Mix,
     Normalisation,
     Ratio,
@@ -42,8 +45,15 @@ class Plan:
         views: coefficient of each view in the target; empty when no teacher is needed.
         target: how several views make one target, or each a loss of its own.
         view_clips: bound on the distance between a view and the first one, in nats, where there is one.
-        teachers: name of the teacher behind each view ("" when the run file did not say).
+        teachers: name of the teacher behind each view ("" when the run file did not say, or the tag decides).
         view_requests: what is asked of whom, per view; empty for support "full".
+        contexts: templates of the views with a privileged context, in the order they are tried.
+        missing: what such a view does where no template can be filled.
+        routes: tag → teacher, of the views whose teacher depends on the example's tag.
+        weight_fields: field of the example with a factor of the view's coefficient.
+        implied_teachers: teachers that need no section of the run file: name → "initial", "live", "ema" or
+            "checkpoint:PATH".
+        missing_view: what happens to a group that only some views scored.
         student_candidates: ids the sampler records per position, 0 for none.
         k: ids per position and side, 0 without a top-k support.
         horizon: later tokens credited to a token; None is the rest of the response.
@@ -96,6 +106,27 @@ class Plan:
     entropy_factor: float | None = None
     entropy_window: int = 0
     gate: GateSettings | None = None
+    contexts: Mapping[str, tuple[ContextTemplate, ...]] = field(default_factory=dict)
+    missing: Mapping[str, MissingContext] = field(default_factory=dict)
+    routes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    weight_fields: Mapping[str, str] = field(default_factory=dict)
+    implied_teachers: Mapping[str, str] = field(default_factory=dict)
+    missing_view: MissingView = "drop"
+
+    def teachers_of(self, view: str) -> tuple[str, ...]:
+        """Every teacher that may score the view; one, but for a routed view."""
+        route = self.routes.get(view)
+        return (self.teachers[view],) if route is None else tuple(sorted(set(route.values())))
+
+    def teacher_of(self, view: str, tag: str) -> str | None:
+        """The teacher that scores the view for examples of this tag; None where no one is named."""
+        route = self.routes.get(view)
+        return self.teachers[view] if route is None else route.get(tag)
+
+    @property
+    def scoring_teachers(self) -> tuple[str, ...]:
+        """Every teacher that is asked through the queue, sorted."""
+        return tuple(sorted({name for view in self.view_requests for name in self.teachers_of(view)}))
 
     @property
     def plain_view(self) -> bool:

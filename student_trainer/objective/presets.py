@@ -80,6 +80,7 @@ def idle_fields(settings: ObjectiveSettings) -> dict[str, str]:
 
     truncated = settings.support in ("teacher_topk", "student_topk", "union")
     only("target", len(settings.views) > 1, "several views")
+    only("missing_view", len(settings.views) > 1, "several views")
     only("beta", settings.divergence == "jsd", 'divergence = "jsd"')
     only("alpha", settings.divergence == "alpha", 'divergence = "alpha"')
     only("k", truncated, "a top-k support")

@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from services.models.vllm_settings import VllmSettings
+from student_trainer.objective.settings import ROLLOUT_FIELDS, ContextTemplate
 
 # What vLLM samples at; below the least it would silently take that, above the largest it refuses.
 VLLM_TEMPERATURES = (0.01, 2.0)
@@ -36,6 +37,10 @@ class DataSettings(BaseModel):
         default="prompt", description="field that holds the prompt text, or a list of chat messages"
     )
     answer_field: str | None = Field(default=None, description="field that holds the expected answer")
+    tag_field: str | None = Field(
+        default=None,
+        description="field that holds the example's tag, by which a view's route chooses a teacher",
+    )
     checker: Literal["exact", "numeric", "boxed"] = Field(
         default="exact",
         description="how a response is compared with the answer: the whole text, the last number, "
@@ -108,6 +113,10 @@ class SamplingSettings(BaseModel):
         lt=1.0,
         description="share of groups that the student samples itself when another model samples (GKD's λ)",
     )
+    context: ContextTemplate | None = Field(
+        default=None,
+        description="guided sampling: the student samples under this context, and is trained on its prompt",
+    )
     groups_per_order: int = Field(
         default=32, ge=1, description="groups that one rollout process takes at a time"
     )
@@ -119,6 +128,16 @@ class SamplingSettings(BaseModel):
             raise ValueError(
                 f'sampling.student_fraction: got {self.student_fraction} with sampler = "student"; '
                 "name the other model in sampling.sampler, or leave student_fraction out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _context_is_known_before(self) -> Self:
+        later = sorted(self.context.fields & ROLLOUT_FIELDS) if self.context is not None else []
+        if later:
+            raise ValueError(
+                f"sampling.context: got field {later[0]!r}, which there is only once responses are sampled; "
+                "allowed: prompt, answer, other_prompt and fields of the example"
             )
         return self
 

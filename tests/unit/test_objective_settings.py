@@ -175,7 +175,7 @@ def test_alpha_ends_are_the_two_divergences_and_heavy_tails_warn() -> None:
         ({"mix": "multiply", "distill_coefficient": 1.5}, r"\[0, 1\]"),
         ({"mix": "multiply", "horizon": 1}, "objective.horizon"),
         ({"reward_coefficient": 2.0}, "objective.reward_coefficient"),
-        ({"views": {"a": {"weights": "ema"}}}, "objective.views.a.weights"),
+        ({"views": {"a": {"weights": "emma"}}}, "objective.views.a.weights"),
         ({"views": {"a": {"weights": "teacher:bigg"}}}, "did you mean 'big'"),
         ({"preset": "gkd", "support": "full", "tokens": {"teacher_entropy_above": 1}}, "over the wire"),
     ],
