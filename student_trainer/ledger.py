@@ -8,8 +8,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from services.models.channel import Lineage, lineage_from_document, lineage_to_document
 from student_trainer.index_set import IndexSet
-from student_trainer.lineage import Lineage, from_document, to_document
 
 # Why a group was not trained.
 DropReason = Literal["stale", "failed", "identity", "shape", "no_score"]
@@ -61,7 +61,7 @@ class Ledger:
         document = {name: getattr(self, name) for name in self.__slots__}
         document["applied"] = self.applied.intervals()
         document["dropped"] = self.dropped.intervals()
-        document["lineage"] = to_document(self.lineage)
+        document["lineage"] = lineage_to_document(self.lineage)
         document["pins"] = {
             view: {name: getattr(pin, name) for name in TeacherPin.__slots__}
             for view, pin in self.pins.items()
@@ -73,7 +73,7 @@ class Ledger:
         document = json.loads(text)
         document["applied"] = IndexSet(document["applied"])
         document["dropped"] = IndexSet(document["dropped"])
-        document["lineage"] = from_document(document["lineage"])
+        document["lineage"] = lineage_from_document(document["lineage"])
         document["drop_counts"] = Counter(document["drop_counts"])
         document["pins"] = {view: TeacherPin(**pin) for view, pin in document["pins"].items()}
         return cls(**document)

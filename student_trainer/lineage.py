@@ -8,22 +8,13 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import takewhile
 
 from tutelage.v1 import rollout_pb2
 
+from services.models.channel import Lineage, Stretch
 
-@dataclass(frozen=True, slots=True)
-class Stretch:
-    """The updates that one trainer process made, from version `start` on."""
-
-    id: str
-    start: int
-
-
-# The stretches that led to some weights, oldest first; each ends where the next one starts.
-Lineage = tuple[Stretch, ...]
+__all__ = ["Lineage", "Stretch", "continued", "from_proto", "to_proto", "updates_between"]
 
 
 def continued(lineage: Lineage, step: int) -> Lineage:
@@ -39,15 +30,6 @@ def updates_between(ours: Lineage, step: int, theirs: Lineage, version: int) -> 
         parted = [lineage[shared].start for lineage in (ours, theirs) if len(lineage) > shared]
         common = min(common, *parted)
     return (step - common) + (version - common)
-
-
-def to_document(lineage: Lineage) -> list[list[str | int]]:
-    """As JSON holds it."""
-    return [[stretch.id, stretch.start] for stretch in lineage]
-
-
-def from_document(document: Iterable[tuple[str, int]]) -> Lineage:
-    return tuple(Stretch(name, start) for name, start in document)
 
 
 def to_proto(lineage: Lineage) -> list[rollout_pb2.PolicyStretch]:
