@@ -82,7 +82,14 @@ class HostedReplica:
         options = self._options
         lease = LeaseSettings(heartbeat=options.heartbeat)
         async with Queue(options.url, options.namespace, lease=lease) as queue:
-            puller = Puller(self._core, queue, consumer=self._name, concurrency=options.concurrency)
+            (identity,) = self._core.identities
+            puller = Puller(
+                self._core,
+                queue,
+                teacher=identity.name,
+                consumer=self._name,
+                concurrency=options.concurrency,
+            )
             pulling = asyncio.create_task(puller.run())
             tell("ready", name=self._name)
             await asyncio.wait({stopping, pulling}, return_when=asyncio.FIRST_COMPLETED)

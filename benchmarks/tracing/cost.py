@@ -90,7 +90,7 @@ async def _round(url: str) -> Run:
     async with Queue(url, max_queued_tokens=2**40) as queue:
         for index in range(JOBS):
             await queue.submit_group(*_job(index))
-        puller = Puller(core, queue, consumer="bench", concurrency=CONCURRENCY)
+        puller = Puller(core, queue, teacher=TEACHER, consumer="bench", concurrency=CONCURRENCY)
         began, used = time.perf_counter(), time.process_time()
         pulling = asyncio.create_task(puller.run())
         while (outcomes := _outcomes(core)).total() < JOBS and not pulling.done():  # noqa: ASYNC110

@@ -15,7 +15,7 @@ from typing import Literal
 
 import structlog
 from tutelage_client import codec
-from tutelage_client.errors import TutelageError, shown
+from tutelage_client.errors import TutelageError, invalid, shown
 from tutelage_client.types import (
     Identity,
     Limits,
@@ -61,8 +61,26 @@ class ScoringCore:
         self.draining = asyncio.Event()
 
     @property
-    def identity(self) -> Identity:
-        return self._scorer.identity
+    def identities(self) -> tuple[Identity, ...]:
+        """Every teacher that answers here."""
+        return self._scorer.identities
+
+    def identity_of(self, name: str) -> Identity:
+        """The teacher called `name`; an empty name means the only one here.
+
+        Raises:
+            TutelageError: NOT_FOUND for another name, INVALID_ARGUMENT for none where there are several.
+        """
+        identities = self.identities
+        if not name and len(identities) == 1:
+            return identities[0]
+        for identity in identities:
+            if identity.name == name:
+                return identity
+        here = f"{'is' if len(identities) == 1 else 'are'} {', '.join(repr(one.name) for one in identities)}"
+        if not name:
+            raise invalid(f"teacher: got none, must be named where several are; here {here}")
+        raise TutelageError("NOT_FOUND", f"teacher: got {shown(name)}, here {here}")
 
     @property
     def limits(self) -> Limits:
@@ -72,10 +90,10 @@ class ScoringCore:
     def open(self) -> None:
         """The model is loaded: accept requests from now on."""
         self.state = "ready"
-        here = self.identity
-        self.metrics.teacher_info.labels(
-            here.name, here.model, here.engine, here.engine_version, here.dtype
-        ).set(1)
+        for here in self.identities:
+            self.metrics.teacher_info.labels(
+                here.name, here.model, here.engine, here.engine_version, here.dtype
+            ).set(1)
         self.metrics.ready.set(1)
 
     def begin_drain(self) -> None:
@@ -89,12 +107,10 @@ class ScoringCore:
         await self._idle.wait()
 
     def teacher(self, name: str = "") -> Teacher:
-        """Who scores here; NOT_FOUND for another name, UNAVAILABLE while the model loads."""
+        """Who scores here under `name` (see `identity_of`); UNAVAILABLE while the model loads."""
         if self.state == "loading":
             raise TutelageError("UNAVAILABLE", "teacher: the model is still loading", retry_after=1.0)
-        if name not in ("", self.identity.name):
-            raise TutelageError("NOT_FOUND", f"teacher: got {shown(name)}, here is {self.identity.name!r}")
-        return Teacher(identity=self.identity, limits=self.limits, ready=self.state == "ready")
+        return Teacher(identity=self.identity_of(name), limits=self.limits, ready=self.state == "ready")
 
     async def score(
         self,
@@ -122,8 +138,9 @@ class ScoringCore:
             if self.state != "ready" and not (transport == "queue" and self.state == "draining"):
                 text = "loading its model" if self.state == "loading" else "draining"
                 raise TutelageError("UNAVAILABLE", f"teacher: the service is {text}", retry_after=1.0)
-            check_request(request, self.identity, self.limits)
-            problems = {**check_sequences(request, self.identity, self.limits), **(malformed or {})}
+            identity = self.identity_of(request.teacher)
+            check_request(request, identity, self.limits)
+            problems = {**check_sequences(request, identity, self.limits), **(malformed or {})}
             return await self._score_checked(request, problems, deadline, transport)
 
     async def _score_checked(
@@ -137,7 +154,8 @@ class ScoringCore:
             self.metrics.sequence_errors.labels(problem.code).inc()
         if len(problems) == len(request.sequences):
             failed = [SequenceScore(s.id, problems[i]) for i, s in enumerate(request.sequences)]
-            return Score(tuple(failed), self.identity, request_id=request.request_id)
+            identity = self.identity_of(request.teacher)
+            return Score(tuple(failed), identity, request_id=request.request_id)
         work = _without(request, problems)
         score = await self._admitted(work, deadline, transport)
         check_pins(request.pins, score.identity)  # weights may have changed while it waited

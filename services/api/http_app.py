@@ -93,17 +93,20 @@ def _add_score_routes(app: FastAPI, core: ScoringCore) -> None:
 
     @app.get("/v1/models", responses=error_responses())
     async def models() -> JSONResponse:
-        """The teacher as OpenAI's clients list models."""
-        served = core.teacher()
-        model = {
-            "id": served.identity.name,
-            "object": "model",
-            "created": 0,
-            "owned_by": "tutelage",
-            "root": served.identity.model,
-            "max_model_len": served.limits.max_sequence_tokens,
-        }
-        return JSONResponse({"object": "list", "data": [model]})
+        """The teachers as OpenAI's clients list models."""
+        served = [core.teacher(identity.name) for identity in core.identities]
+        models = [
+            {
+                "id": teacher.identity.name,
+                "object": "model",
+                "created": 0,
+                "owned_by": "tutelage",
+                "root": teacher.identity.model,
+                "max_model_len": teacher.limits.max_sequence_tokens,
+            }
+            for teacher in served
+        ]
+        return JSONResponse({"object": "list", "data": models})
 
 
 def _add_probes(app: FastAPI, core: ScoringCore) -> None:

@@ -19,6 +19,11 @@ class Scorer(Protocol):
     def identity(self) -> Identity: ...
 
     @property
+    def identities(self) -> tuple[Identity, ...]:
+        """Every teacher that answers here, each under a name of its own; `identity` is the first."""
+        ...
+
+    @property
     def limits(self) -> Limits: ...
 
     async def score(self, request: ScoreRequest) -> Score:

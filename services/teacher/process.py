@@ -79,7 +79,7 @@ class Replica:
         )
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
-        self._puller: Puller | None = None
+        self._pullers: list[Puller] = []
 
     async def run(self) -> int:
         """Listen, load, serve, drain."""
@@ -115,7 +115,8 @@ class Replica:
         await self._grpc.set_serving()
         if self._settings.ready_file is not None:
             _write_whole(self._settings.ready_file, json.dumps({**self._addresses(), "pid": os.getpid()}))
-        _log.info("ready", model=self._core.identity.model, revision=self._core.identity.revision)
+        for identity in self._core.identities:
+            _log.info("ready", served=identity.name, model=identity.model, revision=identity.revision)
         return True
 
     async def _serve(self) -> int:
@@ -144,19 +145,31 @@ class Replica:
         settings = self._settings
         lease = LeaseSettings(heartbeat=settings.heartbeat_seconds)
         queue = await stack.enter_async_context(Queue(url, settings.namespace, lease=lease))
-        self._puller = Puller(
-            self._core, queue, consumer=settings.consumer, concurrency=settings.queue_concurrency
-        )
-        await self._puller.run()
+        self._pullers = [
+            Puller(
+                self._core,
+                queue,
+                teacher=identity.name,
+                consumer=settings.consumer,
+                concurrency=settings.queue_concurrency,
+            )
+            for identity in self._core.identities
+        ]
+        try:
+            async with asyncio.TaskGroup() as pulling:
+                for puller in self._pullers:
+                    pulling.create_task(puller.run())
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from failed
 
     async def _drain(self, pulling: asyncio.Task[None] | None) -> bool:
         """Refuse new work at once, finish the rest within the grace period; False when some was left."""
         self._core.begin_drain()
         await self._grpc.begin_drain()
         _log.info("draining", tokens=self._core.admission.queued_tokens)
-        if self._puller is not None:
-            self._puller.stop()
-        elif pulling is not None:
+        for puller in self._pullers:
+            puller.stop()
+        if pulling is not None and not self._pullers:
             pulling.cancel()
         finished = asyncio.create_task(self._finished(pulling))
         hurry = asyncio.create_task(self._hurry.wait())
@@ -168,8 +181,8 @@ class Replica:
             _log.info("drained")
             return True
         _log.warning("drain_cut_short", tokens=self._core.admission.queued_tokens)
-        if self._puller is not None:
-            self._puller.hurry()
+        for puller in self._pullers:
+            puller.hurry()
         await asyncio.wait({finished}, timeout=_CLOSE_SECONDS)
         return False
 

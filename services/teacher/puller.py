@@ -33,9 +33,12 @@ log = structlog.get_logger(__name__)
 class Puller:
     """Works on the jobs of one teacher until `stop`."""
 
-    def __init__(self, core: ScoringCore, queue: Queue, *, consumer: str, concurrency: int) -> None:
+    def __init__(
+        self, core: ScoringCore, queue: Queue, *, teacher: str, consumer: str, concurrency: int
+    ) -> None:
         self._core = core
         self._queue = queue
+        self._teacher = teacher
         self._consumer = consumer
         self._concurrency = concurrency
         self._running: dict[asyncio.Task[None], JobClaim] = {}
@@ -44,9 +47,8 @@ class Puller:
 
     async def run(self) -> None:
         """Claim and score until stopped; returns when every claim has ended."""
-        name = self._core.identity.name
-        with self._queue.presence(teacher_role(name), self._consumer):
-            async with self._queue.jobs(name, self._consumer) as worker:
+        with self._queue.presence(teacher_role(self._teacher), self._consumer):
+            async with self._queue.jobs(self._teacher, self._consumer) as worker:
                 while not self._stopping.is_set():
                     await self._take_jobs(worker)
                 await self._finish(worker)
@@ -104,7 +106,7 @@ class Puller:
         await asyncio.gather(*left, return_exceptions=True)
 
     async def _work(self, worker: JobWorker, claim: JobClaim) -> None:
-        stream = self._queue.keys.jobs(self._core.identity.name).stream
+        stream = self._queue.keys.jobs(self._teacher).stream
         record_wait(claim, stream)
         with job_log(claim), score_span(claim, stream) as span:
             try:

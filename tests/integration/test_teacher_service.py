@@ -6,12 +6,13 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 
 import grpc
 import httpx
 import numpy as np
 import pytest
-from support.teachers import VOCAB, RecordingScorer, http_client, serve
+from support.teachers import VOCAB, RecordingScorer, SeveralTeachers, http_client, serve
 from tutelage.v1 import teacher_pb2 as pb
 from tutelage.v1.teacher_pb2_grpc import TeacherServiceStub
 from tutelage_client import (
@@ -336,3 +337,32 @@ async def test_the_teacher_describes_itself_alike_through_both_doors() -> None:
     assert served.limits == scorer.limits
     assert models["data"][0]["id"] == "fake"
     assert models["data"][0]["max_model_len"] == scorer.limits.max_sequence_tokens
+
+
+async def test_several_teachers_behind_one_address_answer_under_their_own_names() -> None:
+    scorer = SeveralTeachers("math", "code")
+    async with (
+        serve(scorer) as doors,
+        AsyncTeacherClient(doors.grpc, retry=ONCE) as client,
+        http_client(doors.http) as http,
+    ):
+        scores = []
+        for name in ("math", "code"):
+            assert (await client.get_teacher(name)).identity.name == name
+            scores.append(await client.score_request(replace(small(), teacher=name)))
+            reply = await http.post("/v1/score", json={**BODY, "teacher": name})
+            assert reply.json()["identity"]["name"] == name
+        models = (await http.get("/v1/models")).json()["data"]
+        unnamed = [await http.post("/v1/score", json=BODY), await http.get("/v1/teacher")]
+        other = await http.post("/v1/score", json={**BODY, "teacher": "art"})
+        metrics = (await http.get("/metrics")).text
+    assert [score.identity.name for score in scores] == ["math", "code"]
+    sampled = [score.sequences[0].sampled for score in scores]
+    assert (sampled[0] != sampled[1]).any()
+    assert [model["id"] for model in models] == ["math", "code"]
+    for reply in unnamed:
+        assert reply.status_code == 400
+        assert "got none" in reply.text
+        assert "here are 'math', 'code'" in reply.text
+    assert (other.status_code, "here are 'math', 'code'" in other.text) == (404, True)
+    assert metrics.count("tutelage_teacher_info{") == 2

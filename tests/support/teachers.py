@@ -61,6 +61,10 @@ class RecordingScorer:
         return self.engine.identity
 
     @property
+    def identities(self) -> tuple[Identity, ...]:
+        return self.engine.identities
+
+    @property
     def limits(self) -> Limits:
         return self.engine.limits
 
@@ -72,6 +76,31 @@ class RecordingScorer:
         except asyncio.CancelledError:
             self.cancelled_at.append(time.perf_counter())
             raise
+
+
+class SeveralTeachers:
+    """Fake teachers that answer side by side, each with numbers of its own, as adapters of one model do."""
+
+    def __init__(self, *names: str) -> None:
+        self.engines = {
+            name: FakeEngine(FakeSettings(vocab_size=VOCAB, seed=seed), name=name, limits=LIMITS)
+            for seed, name in enumerate(names)
+        }
+
+    @property
+    def identity(self) -> Identity:
+        return self.identities[0]
+
+    @property
+    def identities(self) -> tuple[Identity, ...]:
+        return tuple(engine.identity for engine in self.engines.values())
+
+    @property
+    def limits(self) -> Limits:
+        return LIMITS
+
+    async def score(self, request: ScoreRequest) -> Score:
+        return await self.engines[request.teacher].score(request)
 
 
 @dataclass(frozen=True)

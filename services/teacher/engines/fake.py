@@ -115,6 +115,10 @@ class FakeEngine:
         return self._identity
 
     @property
+    def identities(self) -> tuple[Identity, ...]:
+        return (self._identity,)
+
+    @property
     def limits(self) -> Limits:
         return self._limits
 

@@ -94,6 +94,10 @@ class TransformersEngine:
         return self._identity
 
     @property
+    def identities(self) -> tuple[Identity, ...]:
+        return (self.identity,)
+
+    @property
     def limits(self) -> Limits:
         return self._limits
 

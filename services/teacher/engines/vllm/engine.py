@@ -73,6 +73,10 @@ class VllmEngine:
         return self._identity
 
     @property
+    def identities(self) -> tuple[Identity, ...]:
+        return (self.identity,)
+
+    @property
     def limits(self) -> Limits:
         return self._limits
 
