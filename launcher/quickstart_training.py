@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +18,14 @@ PROMPT_TOKENS = 8  # `347+585=`
 IGNORED = -100  # label of positions that are not learned
 
 
+class Batches(Protocol):
+    """Where supervised examples come from."""
+
+    def next(self) -> tuple[Tensor, Tensor]:
+        """ids and labels, int64 [batch, T]; IGNORED where a position is not learned."""
+        ...
+
+
 def train(recipe: ModelRecipe, seed: int, report: Callable[[int, float], None]) -> Any:
     """A transformers model trained on one thread in float32; a function of recipe and seed.
 
@@ -25,10 +33,14 @@ def train(recipe: ModelRecipe, seed: int, report: Callable[[int, float], None]) 
     """
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    model = _model(recipe)
+    return fit(new_model(recipe), recipe, _Batches(recipe, seed), report)
+
+
+def fit(model: Any, recipe: ModelRecipe, batches: Batches, report: Callable[[int, float], None]) -> Any:
+    """Train `model` in place for the recipe's steps and return it; `report` as in `train`."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, recipe))
-    batches = _Batches(recipe, seed)
+    model.train()
     for step in range(recipe.steps):
         ids, labels = batches.next()
         # Position t predicts token t + 1: the last column is never an input.
@@ -45,7 +57,8 @@ def train(recipe: ModelRecipe, seed: int, report: Callable[[int, float], None]) 
     return model.eval()
 
 
-def _model(recipe: ModelRecipe) -> Any:
+def new_model(recipe: ModelRecipe) -> Any:
+    """A Qwen3-shaped model of the recipe's sizes with random weights."""
     from transformers import AutoModelForCausalLM, Qwen3Config
 
     tokenizer = character_tokenizer(CHARACTERS)
@@ -63,7 +76,7 @@ def _model(recipe: ModelRecipe) -> Any:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
 def _cosine(step: int, recipe: ModelRecipe) -> float:
