@@ -43,8 +43,11 @@ class Engine(Scorer, Protocol):
         """Load the model and begin serving; returns when the first request would be answered."""
         ...
 
-    async def load_weights(self, path: Path, weights_version: int) -> None:
-        """Replace the weights between batches; later answers carry `weights_version`."""
+    async def load_weights(self, path: Path, weights_version: int, weights_id: str = "") -> None:
+        """Replace the weights while no request is half scored, and forget every cached prefix.
+
+        An answer carries the version and id of the weights that computed all of it.
+        """
         ...
 
     async def ended(self) -> None:

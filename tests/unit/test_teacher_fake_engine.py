@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -90,6 +91,23 @@ def test_equal_seeds_agree_and_other_seeds_and_weights_do_not(tmp_path) -> None:
     renewed = asyncio.run(after_new_weights())
     assert renewed.identity.weights_version == 1
     assert (renewed.sequences[0].sampled != one.sampled).mean() > 0.9
+
+
+async def test_an_answer_under_way_while_weights_change_is_by_those_it_names(tmp_path: Path) -> None:
+    response = np.arange(20_000, dtype=np.int32) % VOCAB
+    request = codec.build_request([[1]], [response, response])  # computed in two goes, with a pause between
+    scores = {}
+    for number, stamp in ((3, "a"), (3, "b")):
+        engine = FakeEngine(FakeSettings(vocab_size=VOCAB))
+        await engine.load_weights(tmp_path, number, stamp)
+        running = asyncio.create_task(engine.score(request))
+        await asyncio.sleep(0)
+        await engine.load_weights(tmp_path, 9, "later")
+        scores[stamp] = await running
+        assert (scores[stamp].identity.weights_version, scores[stamp].identity.weights_id) == (number, stamp)
+        first, second = scores[stamp].sequences
+        np.testing.assert_array_equal(first.sampled, second.sampled)
+    assert (scores["a"].sequences[0].sampled != scores["b"].sequences[0].sampled).mean() > 0.9
 
 
 async def test_rate_is_kept_and_a_cancelled_request_gives_its_time_back() -> None:

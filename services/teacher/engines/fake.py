@@ -106,6 +106,7 @@ class FakeEngine:
         )
         self._requests = 0
         self._turn = asyncio.Lock()
+        self._computing = asyncio.Lock()
         self._closed = asyncio.Event()
         self._busy_until = 0.0
         self._build_tables()
@@ -125,10 +126,11 @@ class FakeEngine:
     async def start(self) -> None:
         await asyncio.sleep(self.settings.load_seconds)
 
-    async def load_weights(self, path: Path, weights_version: int) -> None:
-        """Other weights, other numbers: the version is part of the hash. `path` is not read."""
-        self._identity = replace(self._identity, weights_version=weights_version)
-        self._build_tables()
+    async def load_weights(self, path: Path, weights_version: int, weights_id: str = "") -> None:
+        """Other weights, other numbers: version and id are part of the hash. `path` is not read."""
+        async with self._computing:
+            self._identity = replace(self._identity, weights_version=weights_version, weights_id=weights_id)
+            self._build_tables()
 
     async def ended(self) -> None:
         await self._closed.wait()
@@ -146,10 +148,11 @@ class FakeEngine:
         if self.settings.tokens_per_second is not None:
             await self._wait_turn(tokens / self.settings.tokens_per_second)
         began = time.perf_counter()
-        scores = await self._compute(request)
+        async with self._computing:  # it yields: nobody may change the weights meanwhile
+            scores, identity = await self._compute(request), self._identity
         return Score(
             sequences=tuple(scores),
-            identity=self._identity,
+            identity=identity,
             usage=Usage(
                 positions=sum(len(s.response_ids) for s in request.sequences),
                 tokens_computed=tokens,
@@ -268,7 +271,8 @@ class FakeEngine:
 
     def _build_tables(self) -> None:
         vocab = self.settings.vocab_size
-        rng = np.random.default_rng([self.settings.seed, self._identity.weights_version])
+        weights = [self._identity.weights_version, *self._identity.weights_id.encode()]
+        rng = np.random.default_rng([self.settings.seed, *weights])
         self._seed = np.uint64(rng.integers(1, 2**63, dtype=np.uint64))
         self._token_hash = rng.integers(0, 2**64, vocab, dtype=np.uint64)
         permutation = rng.permutation(vocab).astype(np.int32)

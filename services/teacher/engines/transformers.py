@@ -122,10 +122,10 @@ class TransformersEngine:
         self._line.submit(Job(request, answer))
         return await answer.future
 
-    async def load_weights(self, path: Path, weights_version: int) -> None:
+    async def load_weights(self, path: Path, weights_version: int, weights_id: str = "") -> None:
         """Swap weights when no request is half scored; raises TutelageError and keeps the old ones."""
         answer: Answer[None] = Answer()
-        self._line.submit_control(Control(lambda: self._swap(path, weights_version), answer))
+        self._line.submit_control(Control(lambda: self._swap(path, weights_version, weights_id), answer))
         await answer.future
 
     async def ended(self) -> None:
@@ -198,11 +198,13 @@ class TransformersEngine:
         dtype = loaded.model.dtype if self._head_dtype == "model" else getattr(torch, self._head_dtype)
         return PackedScorer(loaded, ScoringHead(loaded.head.cast(dtype)))
 
-    def _swap(self, path: Path, weights_version: int) -> None:
+    def _swap(self, path: Path, weights_version: int, weights_id: str) -> None:
         assert self._scorer is not None
         revision = load_weights(self._scorer.loaded.model, path)
         self._scorer = self._scorer_for(self._scorer.loaded)
-        self._identity = replace(self.identity, revision=revision, weights_version=weights_version)
+        self._identity = replace(
+            self.identity, revision=revision, weights_version=weights_version, weights_id=weights_id
+        )
         log.info("weights_loaded", weights_version=weights_version, revision=revision)
 
     def _run(self, batch: list[Unit]) -> None:

@@ -97,10 +97,10 @@ class VllmEngine:
         self._line.submit(job)
         return await job.answer.future
 
-    async def load_weights(self, path: Path, weights_version: int) -> None:
+    async def load_weights(self, path: Path, weights_version: int, weights_id: str = "") -> None:
         """Swap weights when no request is under way; raises TutelageError and keeps the old ones."""
         answer: Answer[None] = Answer()
-        self._line.submit_control(Control(lambda: self._swap(path, weights_version), answer))
+        self._line.submit_control(Control(lambda: self._swap(path, weights_version, weights_id), answer))
         await answer.future
 
     async def ended(self) -> None:
@@ -160,7 +160,7 @@ class VllmEngine:
         log.info("vllm_started", **asdict(facts))
         return engine
 
-    def _swap(self, path: Path, weights_version: int) -> None:
+    def _swap(self, path: Path, weights_version: int, weights_id: str) -> None:
         assert self._engine is not None and self._directory is not None  # noqa: PT018
         assert self._description is not None
         check_same_model(self._description, path)
@@ -175,7 +175,9 @@ class VllmEngine:
             message = f"weights: vLLM could not load {path}: {type(error).__name__}: {error}"
             raise TutelageError("FAILED_PRECONDITION", message) from error
         self._directory = path
-        self._identity = replace(self.identity, revision=revision, weights_version=weights_version)
+        self._identity = replace(
+            self.identity, revision=revision, weights_version=weights_version, weights_id=weights_id
+        )
         log.info("weights_loaded", weights_version=weights_version, revision=revision)
 
     def _restore(self, directory: Path) -> None:
