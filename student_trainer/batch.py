@@ -5,9 +5,10 @@ Shapes: T response positions of a micro-batch, K support ids, B rollouts, P prom
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -97,28 +98,16 @@ def deal(micro_batches: Sequence[MicroBatch], world: int) -> list[list[int]]:
 def idle_batch(micro_batch: MicroBatch) -> MicroBatch:
     """One token of it that is not trained on: for a rank without rows, which takes part all the same."""
     first = micro_batch.layout.input_ids[:1].numpy()
-    tokens = micro_batch.tokens
-    views = {
-        view: ViewTensors(**{f.name: _first(getattr(scores, f.name)) for f in fields(ViewTensors)})
-        for view, scores in tokens.views.items()
-    }
     return MicroBatch(
         layout=build_layout([first], [(0, first)]),
-        tokens=TokenBatch(
-            sampled_ids=tokens.sampled_ids[:1].clone(),
-            behaviour_logprobs=tokens.behaviour_logprobs[:1].clone(),
+        tokens=replace(
+            micro_batch.tokens.changed(lambda tensor: tensor[:1].clone()),
             mask=torch.zeros(1, dtype=torch.bool),
             weight=torch.zeros(1),
-            views=views,
-            reward_advantage=_first(tokens.reward_advantage),
             sequence_lengths=torch.ones(1, dtype=torch.int64),
         ),
         members=(),
     )
-
-
-def _first(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor[:1].clone()
 
 
 def _cut(groups: Sequence[TrainingGroup], plan: Plan, max_tokens: int, shares: int) -> list[list[Member]]:
@@ -207,6 +196,8 @@ def _layout(part: Sequence[Member]) -> PackedLayout:
 
 def _tokens(part: Sequence[Member], plan: Plan, mask: Tensor, lengths: Tensor, weight: Tensor) -> TokenBatch:
     advantages = torch.tensor([member.advantage for member in part], dtype=torch.float32)
+    paid = [math.nan if (reward := member.rollout.reward) is None else reward for member in part]
+    rewards = torch.tensor(paid, dtype=torch.float32)
     return TokenBatch(
         sampled_ids=_joined([member.rollout.response_ids.astype(np.int64) for member in part]),
         behaviour_logprobs=_joined([member.rollout.behaviour_logprobs for member in part]),
@@ -215,6 +206,7 @@ def _tokens(part: Sequence[Member], plan: Plan, mask: Tensor, lengths: Tensor, w
         views={view: _view(view, part, plan) for view in plan.view_requests},
         reward_advantage=advantages.repeat_interleave(lengths) if plan.needs_reward else None,
         sequence_lengths=lengths,
+        rewards=rewards.repeat_interleave(lengths) if plan.gates_reward else None,
     )
 
 

@@ -62,13 +62,16 @@ def _check_objective(config: RunConfig) -> Plan:
 
 
 def _check_reward(config: RunConfig, plan: Plan) -> None:
-    if not plan.needs_reward:
+    if not plan.needs_reward and not plan.gates_reward:
         return
     if config.data.task is None and config.data.answer_field is None:
+        asking = f"mix: got {plan.mix!r}" if plan.needs_reward else "tokens: a reward gate is set"
         raise ValueError(
-            f"objective.mix: got {plan.mix!r}; a reward needs answers to check: give [data] answer_field "
-            "or a built-in [data] task"
+            f"objective.{asking}; a reward needs answers to check: give [data] answer_field or a built-in "
+            "[data] task"
         )
+    if not plan.needs_reward:
+        return
     if config.sampling.samples_per_prompt < 2:
         raise ValueError(
             "[sampling] samples_per_prompt: got 1; a reward's advantage compares the responses of one "

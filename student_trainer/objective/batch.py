@@ -5,7 +5,7 @@ Shapes: T packed response positions of a micro-batch, K support ids, V vocabular
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -24,9 +24,9 @@ class ViewTensors:
     support_logprobs: Tensor | None = None  # f32 [T, K]; anything at pads
     entropy: Tensor | None = None  # f32 [T]
 
-    def to(self, device: torch.device | str) -> ViewTensors:
-        """The same scores on another device."""
-        return ViewTensors(**{f.name: _moved(getattr(self, f.name), device) for f in fields(self)})
+    def changed(self, change: Callable[[Tensor], Tensor]) -> ViewTensors:
+        """The same scores with `change` made to every tensor."""
+        return ViewTensors(**{f.name: _changed(getattr(self, f.name), change) for f in fields(self)})
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,15 @@ class TokenBatch:
     sequence_lengths: Tensor | None = None  # int64 [B], sums to T; needed for what looks along a response
     marked: Tensor | None = None  # bool [T], for tokens.marked_only
     old_logprobs: Tensor | None = None  # f32 [T], log p_old; None: the student as it is now
+    rewards: Tensor | None = None  # f32 [T], of the response as it was paid, NaN without; for reward gates
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> TokenBatch:
+        """The same batch with `change` made to every tensor."""
+        return TokenBatch(**{f.name: _changed(getattr(self, f.name), change) for f in fields(self)})
 
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same batch on another device."""
-        moved = {f.name: _moved(getattr(self, f.name), device) for f in fields(self) if f.name != "views"}
-        views = {name: view.to(device) for name, view in self.views.items()}
-        return TokenBatch(views=views, **moved)
+        return self.changed(lambda tensor: tensor.to(device))
 
 
 @dataclass(frozen=True)
@@ -70,9 +73,10 @@ class LossOutput:
 
     `metrics` are sums (divide by `metrics["positions"]`), so that micro-batches and ranks add up:
     positions, dropped_teacher, dropped_behaviour, dropped_reward, student_logprob, entropy and, as the
-    plan has them, advantage, ratio, ratio_clipped, rollout_weight; over the `distilled` positions of a
-    pathwise plan divergence, student_mass, teacher_mass; over the `monitored` positions, where views
-    carry log q(y), teacher_logprob and sampled_kl (log p(y) − log q(y)).
+    plan has them, dropped_evidence, gated_reward, advantage, ratio, ratio_clipped, rollout_weight; over
+    the `entropy_known` positions, where views carry an entropy, teacher_entropy; over the `distilled`
+    positions of a pathwise plan divergence, student_mass, teacher_mass; over the `monitored` positions,
+    where views carry log q(y), teacher_logprob and sampled_kl (log p(y) − log q(y)).
     `per_token`, when asked for, holds f32 [T] arrays, NaN where a position was not trained on;
     "student_logprob" is always among them.
     """
@@ -82,5 +86,9 @@ class LossOutput:
     per_token: dict[str, Tensor] | None = None
 
 
-def _moved(tensor: Any, device: torch.device | str) -> Any:
-    return None if tensor is None else tensor.to(device)
+def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if value is None:
+        return None
+    if isinstance(value, Mapping):
+        return {name: _changed(item, change) for name, item in value.items()}
+    return value.changed(change) if isinstance(value, ViewTensors) else change(value)

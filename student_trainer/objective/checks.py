@@ -21,6 +21,8 @@ HEAVY_TAILED = (
     "chi_square_teacher_student",
 )
 ENTROPY_GATES = ("teacher_entropy_above", "teacher_entropy_below")
+TEACHER_GATES = (*ENTROPY_GATES, "evidence_above")
+REWARD_GATES = ("reward_above", "reward_below")
 
 
 def check_mix(row: ObjectiveSettings, needs_teacher: bool) -> None:
@@ -71,11 +73,26 @@ def check_estimator(row: ObjectiveSettings, needs_teacher: bool) -> None:
 
 
 def check_gates(row: ObjectiveSettings, needs_teacher: bool) -> None:
-    gates = [name for name in ENTROPY_GATES if getattr(row.tokens, name) is not None]
+    tokens = row.tokens
+    gates = [f"tokens.{name}" for name in TEACHER_GATES if getattr(tokens, name) is not None]
+    if row.gate is not None and row.gate.entropy_of == "teacher":
+        gates.append("gate.entropy_of")
     if gates and (not needs_teacher or row.support == "full"):
         raise ObjectiveError(
-            f"objective.tokens.{gates[0]}: needs a teacher that is asked over the wire "
+            f"objective.{gates[0]}: needs a teacher that is asked over the wire "
             f"(support other than full, distill_coefficient other than 0)"
+        )
+    for name in REWARD_GATES:
+        if getattr(tokens, name) is not None and not needs_teacher:
+            raise ObjectiveError(
+                f"objective.tokens.{name}: chooses what is distilled and needs a teacher "
+                "(distill_coefficient other than 0)"
+            )
+    low, high = tokens.reward_above, tokens.reward_below
+    if low is not None and high is not None and low >= high:
+        raise ObjectiveError(
+            f"objective.tokens.reward_below: got {high} with reward_above = {low}, so that no reward is in "
+            "range; allowed: a larger one"
         )
 
 
@@ -122,7 +139,8 @@ def effective_temperature(row: ObjectiveSettings, student_temperature: float, ne
 
 
 def needs_behaviour(row: ObjectiveSettings, needs_teacher: bool) -> bool:
-    uses_advantage = needs_teacher and row.estimator == "score_function"
+    own = row.log_ratio == "student"
+    uses_advantage = needs_teacher and row.estimator == "score_function" and not own
     corrected = not isinstance(row.correction, NoCorrection) or row.weights.rollout_cap is not None
     return uses_advantage or corrected
 

@@ -112,6 +112,7 @@ def compile_plan(
         entropy_factor=row.entropy_factor,
         entropy_window=row.entropy_window or 0,
         gate=row.gate,
+        log_ratio=row.log_ratio or "behaviour",
         view_clips={name: view.clip for name, view in row.views.items() if view.clip is not None},
         contexts={
             name: row.views[name].templates for name in names if row.views and row.views[name].templates
@@ -170,8 +171,9 @@ def _divergence(row: ObjectiveSettings) -> tuple[Divergence, float, float]:
 def _signal(row: ObjectiveSettings, k: int, temperature: float) -> Signal:
     gated = any(getattr(row.tokens, name) is not None for name in ENTROPY_GATES)
     gated = gated or row.entropy_factor is not None
+    gated = gated or (row.gate is not None and row.gate.entropy_of == "teacher")
     return Signal(
-        sampled=row.support == "sampled" or row.monitor,
+        sampled=row.support == "sampled" or row.monitor or row.tokens.evidence_above is not None,
         top_k=k if row.support in ("teacher_topk", "union") else 0,
         candidates=row.support in ("student_topk", "union"),
         entropy=gated,

@@ -294,19 +294,49 @@ class ChunkedLoss:
                 gradient.addcmul_(whole.psi[:, columns], whole.scale.to(dtype)[:, None])
             torch.mul(gradient, factor, out=tile)
         logits.scatter_add_(1, ids, (sparse * chain).to(dtype))
-        self.rows.record_entropy(entropy, None if whole is None else whole.bad)
+        self.rows.record_entropy(part, entropy)
 
     def _normaliser(self, logits: Tensor) -> Tensor:
-        """log Σ exp over the vocabulary, f64 [R]."""
-        peak = logits.amax(dim=1, keepdim=True)
-        total = torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
-        for columns in self._tiles(logits):
-            total += (logits[:, columns] - peak).exp_().sum(dim=1)
-        return peak.squeeze(1).double() + total.log()
+        return log_normaliser(logits, self.tile_columns)
 
     def _tiles(self, logits: Tensor) -> Iterator[slice]:
-        for start in range(0, logits.shape[1], self.tile_columns):
-            yield slice(start, start + self.tile_columns)
+        return _tiles(logits, self.tile_columns)
+
+
+def log_normaliser(logits: Tensor, tile_columns: int) -> Tensor:
+    """log Σ exp over the vocabulary, f64 [R]."""
+    peak = logits.amax(dim=1, keepdim=True)
+    total = torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
+    for columns in _tiles(logits, tile_columns):
+        total += (logits[:, columns] - peak).exp_().sum(dim=1)
+    return peak.squeeze(1).double() + total.log()
+
+
+def sampled_logprobs(
+    student: HeadPass, hidden: Tensor, ids: Tensor, index: Tensor, *, chunk_rows: int, tile_columns: int
+) -> Tensor:
+    """log p of `ids` at the positions `index`, f64 [T], NaN elsewhere, from a pass without gradients.
+
+    Raises:
+        NonFiniteStudentError: the student has diverged.
+    """
+    found = torch.full((len(hidden),), torch.nan, dtype=torch.float64, device=hidden.device)
+    size = max(1, min(chunk_rows, len(index)))
+    buffer = hidden.new_empty(size, len(student.head.weight), dtype=student.dtype)
+    for start in range(0, len(index), size):
+        part = index[start : start + size]
+        logits = buffer[: len(part)]
+        student.logits(hidden[part].to(student.dtype), logits)
+        own = logits.gather(1, ids[part, None]).squeeze(1).double()
+        found[part] = own - log_normaliser(logits, tile_columns)
+    if not bool(torch.isfinite(found[index]).all()):
+        raise NonFiniteStudentError("the student's logits are not finite; nothing was trained")
+    return found
+
+
+def _tiles(logits: Tensor, tile_columns: int) -> Iterator[slice]:
+    for start in range(0, logits.shape[1], tile_columns):
+        yield slice(start, start + tile_columns)
 
 
 class FusedHeadLoss(torch.autograd.Function):

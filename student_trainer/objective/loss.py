@@ -16,10 +16,12 @@ from student_trainer.objective.fused import (
     HeadPass,
     NonFiniteStudentError,
     TeacherPass,
+    sampled_logprobs,
 )
 from student_trainer.objective.plan import Plan
 from student_trainer.objective.rows import Rows
 from student_trainer.objective.selection import select_rows
+from student_trainer.objective.support import check_ids
 from student_trainer.objective.weights import top_rows
 
 __all__ = ["Head", "LossOutput", "NonFiniteStudentError", "TokenBatch", "ViewTensors", "objective_loss"]
@@ -66,16 +68,25 @@ def objective_loss(
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     if (distill_open is None) != (plan.gate is None):
         raise ValueError(f"distill_open: got {distill_open}, allowed: true or false with a gate, else none")
+    head = Head(head_weight.detach(), None if head_bias is None else head_bias.detach(), softcap, scale)
+    student = HeadPass(head, plan.temperature, dtype)
+    tile_columns = CPU_TILE_COLUMNS if hidden.device.type == "cpu" else GPU_TILE_COLUMNS
+    if plan.log_ratio == "student" and batch.old_logprobs is None:
+        check_ids("batch.sampled_ids", batch.sampled_ids, len(head_weight))
+        with torch.no_grad():
+            own = sampled_logprobs(
+                student, hidden.detach(), batch.sampled_ids, batch.mask.nonzero().squeeze(1),
+                chunk_rows=chunk_rows, tile_columns=tile_columns,
+            )  # fmt: skip
+        batch = replace(batch, old_logprobs=own)
     rows = select_rows(batch, plan, len(head_weight), distill_open=distill_open is not False)
     rows.traces = {} if per_token else None
-    teachers = _teachers(plan, hidden, head_weight, teacher_hidden, teacher_head)
-    student = Head(head_weight.detach(), None if head_bias is None else head_bias.detach(), softcap, scale)
     job = ChunkedLoss(
         rows=rows,
-        student=HeadPass(student, plan.temperature, dtype),
-        teachers=teachers,
+        student=student,
+        teachers=_teachers(plan, hidden, head_weight, teacher_hidden, teacher_head),
         chunk_rows=chunk_rows,
-        tile_columns=CPU_TILE_COLUMNS if hidden.device.type == "cpu" else GPU_TILE_COLUMNS,
+        tile_columns=tile_columns,
     )
     if plan.tokens.top_fraction is not None:
         with torch.no_grad():

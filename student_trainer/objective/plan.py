@@ -62,6 +62,7 @@ class Plan:
         weights: detached factors of a position's loss.
         ratio, ratio_gate, entropy_factor, entropy_window: the teacher's factor with mix "multiply".
         gate: thresholds of the gate whose state `objective_loss` is given.
+        log_ratio: whose probability of the sampled token stands below q in u.
         needs_teacher, needs_reward, needs_behaviour: what a TokenBatch must carry.
         warnings: what a user should know before starting.
     """
@@ -106,6 +107,7 @@ class Plan:
     entropy_factor: float | None = None
     entropy_window: int = 0
     gate: GateSettings | None = None
+    log_ratio: LogRatio = "behaviour"
     contexts: Mapping[str, tuple[ContextTemplate, ...]] = field(default_factory=dict)
     missing: Mapping[str, MissingContext] = field(default_factory=dict)
     routes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
@@ -132,6 +134,16 @@ class Plan:
     def plain_view(self) -> bool:
         """Whether the target is just what the only view answers."""
         return list(self.views.values()) == [1.0]
+
+    @property
+    def gates_reward(self) -> bool:
+        """Whether a TokenBatch must carry the responses' rewards as they are."""
+        return self.tokens.reward_above is not None or self.tokens.reward_below is not None
+
+    @property
+    def uses_old(self) -> bool:
+        """Whether it matters what the student's probabilities were when the step began."""
+        return self.weights.rollout_cap is not None or self.log_ratio == "student"
 
     @property
     def in_process(self) -> bool:

@@ -86,7 +86,7 @@ def idle_fields(settings: ObjectiveSettings) -> dict[str, str]:
     only("k", truncated, "a top-k support")
     only("tail", truncated, "a top-k support")
     score_function = settings.estimator == "score_function"
-    for field in ("horizon", "discount", "advantage_clip"):
+    for field in ("horizon", "discount", "advantage_clip", "log_ratio"):
         only(field, score_function, 'estimator = "score_function"')
     only(
         "score_weight",

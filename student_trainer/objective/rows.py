@@ -44,6 +44,7 @@ class Rows:
     divergence: FDivergence
     index: Tensor
     weight: Tensor  # f64 [N]
+    trained: Tensor  # bool [N], filled chunk by chunk
     gather_ids: Tensor
     behaviour: Tensor | None  # f64 [N]
     advantage: Tensor | None  # f64 [N], of the sampled token
@@ -51,6 +52,7 @@ class Rows:
     terms: list[SupportTerm]  # of a pathwise divergence over supports
     teacher_sampled: Tensor | None  # f64 [N], NaN where unknown
     old: Tensor | None = None  # f64 [N], log p_old where the batch has it
+    teacher_entropy: Tensor | None = None  # f64 [N], NaN where unknown
     sums: dict[str, Tensor] = field(default_factory=dict)
     traces: dict[str, list[Tensor]] | None = None
 
@@ -69,13 +71,11 @@ class Rows:
             Σ_R weight · loss, differentiable in `logprobs`, with the dense divergence as a constant;
             and the factor of each row's dense divergence, f64 [R], with support "full".
         """
-        weight = self.weight[part]
-        if dense_bad is not None:
-            weight = weight.masked_fill(dense_bad, 0)
-            self._count("dropped_teacher", dense_bad)
-        alive = torch.ones_like(weight, dtype=torch.bool) if dense_bad is None else ~dense_bad
-        self._count("positions", alive)
         sampled = logprobs[:, 0]
+        alive = self._trained(part, sampled.detach(), dense_bad)
+        self.trained[part] = alive
+        weight = self.weight[part].masked_fill(~alive, 0)
+        self._count("positions", alive)
         self._record("student_logprob", sampled.detach(), alive)
         self._monitor(part, sampled.detach(), alive)
         weight, behaviour = self._rollout_weight(part, weight, sampled.detach(), alive)
@@ -122,10 +122,23 @@ class Rows:
         terms = [replace(term, present=term.present[kept], target=term.target[kept]) for term in self.terms]
         return replace(self, terms=terms, **chosen)
 
-    def record_entropy(self, entropy: Tensor, dense_bad: Tensor | None) -> None:
-        """Note the student's entropy of a chunk's rows, f64 [R]."""
-        alive = torch.ones_like(entropy, dtype=torch.bool) if dense_bad is None else ~dense_bad
-        self._record("entropy", entropy, alive)
+    def record_entropy(self, part: slice, entropy: Tensor) -> None:
+        """Note the student's entropy of a chunk that `chunk_loss` has seen, f64 [R]."""
+        self._record("entropy", entropy, self.trained[part])
+
+    def _trained(self, part: slice, sampled: Tensor, dense_bad: Tensor | None) -> Tensor:
+        """bool [R]: rows that the teacher did not spoil and, where the plan asks for it, supports."""
+        alive = torch.ones_like(sampled, dtype=torch.bool)
+        if dense_bad is not None:
+            alive = ~dense_bad
+            self._count("dropped_teacher", dense_bad)
+        least = self.plan.tokens.evidence_above
+        if least is not None:
+            assert self.teacher_sampled is not None
+            supported = self.teacher_sampled[part] - sampled > least
+            self._count("dropped_evidence", alive & ~supported)
+            alive = alive & supported
+        return alive
 
     def _truncated(self, part: slice, student: Tensor, distilled: Tensor) -> Tensor:
         value = torch.zeros_like(student[:, 0])
@@ -170,6 +183,11 @@ class Rows:
         return loss
 
     def _monitor(self, part: slice, sampled: Tensor, alive: Tensor) -> None:
+        if self.teacher_entropy is not None:
+            entropy = self.teacher_entropy[part]
+            known = alive & torch.isfinite(entropy)
+            self._count("entropy_known", known)
+            self._record("teacher_entropy", entropy, known)
         if self.teacher_sampled is None:
             return
         scored = self.teacher_sampled[part]

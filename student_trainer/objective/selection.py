@@ -21,7 +21,17 @@ from student_trainer.objective.targets import (
     sampled_targets,
     support_target,
 )
-from student_trainer.objective.weights import entropy_gate, least_entropy_ahead, prefix_weight
+from student_trainer.objective.weights import entropy_gate, least_entropy_ahead, prefix_weight, reward_gate
+
+_PER_POSITION = (
+    "behaviour_logprobs",
+    "mask",
+    "weight",
+    "reward_advantage",
+    "marked",
+    "old_logprobs",
+    "rewards",
+)
 
 
 def select_rows(batch: TokenBatch, plan: Plan, vocabulary: int, *, distill_open: bool = True) -> Rows:
@@ -46,6 +56,11 @@ def select_rows(batch: TokenBatch, plan: Plan, vocabulary: int, *, distill_open:
         batch.reward_advantage.double() if plan.needs_reward and batch.reward_advantage is not None else None
     )
     distilled = torch.full_like(keep, plan.needs_teacher and distill_open)
+    if plan.gates_reward and batch.rewards is not None:
+        paid = reward_gate(plan.tokens, batch.rewards)
+        counts["gated_reward"] = (keep & ~paid).sum().to(torch.float64)
+        distilled &= paid
+        keep = keep & paid if plan.mix == "replace" else keep
     usable = {"dropped_behaviour": _behaviour_usable(batch, plan)}
     if reward is not None:
         usable["dropped_reward"] = torch.isfinite(reward)
@@ -58,7 +73,7 @@ def select_rows(batch: TokenBatch, plan: Plan, vocabulary: int, *, distill_open:
         keep = keep & good
     behaviour = torch.nan_to_num(batch.behaviour_logprobs.double(), 0.0, 0.0, 0.0)
     index = keep.nonzero().squeeze(1)
-    advantage = _advantage(batch, plan, behaviour, reward, vocabulary, distill_open=distill_open)
+    advantage = _advantage(batch, plan, behaviour, reward, vocabulary, distilled=distilled)
     pathwise = plan.needs_teacher and plan.estimator == "pathwise"
     supports, terms = _terms(batch, plan, index, distilled[index]) if pathwise else ([], [])
     sampled_ids = batch.sampled_ids[index, None]
@@ -71,6 +86,7 @@ def select_rows(batch: TokenBatch, plan: Plan, vocabulary: int, *, distill_open:
         divergence=f_divergence(plan.divergence, plan.beta, plan.alpha),
         index=index,
         weight=batch.weight.double()[index],
+        trained=torch.zeros_like(index, dtype=torch.bool),
         gather_ids=torch.cat([sampled_ids, *supports], dim=1).clamp(min=0),
         behaviour=behaviour[index] if plan.needs_behaviour else None,
         advantage=None if advantage is None else advantage[index],
@@ -78,13 +94,14 @@ def select_rows(batch: TokenBatch, plan: Plan, vocabulary: int, *, distill_open:
         terms=terms,
         teacher_sampled=None if target is None else target[index],
         old=None if batch.old_logprobs is None else batch.old_logprobs.double()[index],
+        teacher_entropy=_teacher_entropy(batch, index),
         sums=counts,
     )
 
 
 def _check(batch: TokenBatch, plan: Plan) -> None:
     positions = len(batch.sampled_ids)
-    for name in ("behaviour_logprobs", "mask", "weight", "reward_advantage", "marked", "old_logprobs"):
+    for name in _PER_POSITION:
         tensor = getattr(batch, name)
         if tensor is not None and tensor.shape != (positions,):
             raise ValueError(f"batch.{name}: got shape {tuple(tensor.shape)}, allowed: ({positions},)")
@@ -92,6 +109,8 @@ def _check(batch: TokenBatch, plan: Plan) -> None:
         raise ValueError("batch.weight: got a weight that is not finite")
     if plan.tokens.marked_only and batch.marked is None:
         raise ValueError("batch.marked: missing, and the plan has tokens.marked_only")
+    if plan.gates_reward and batch.rewards is None:
+        raise ValueError("batch.rewards: missing, and the plan has tokens.reward_above or reward_below")
     if plan.needs_reward and batch.reward_advantage is None:
         raise ValueError("batch.reward_advantage: missing, and the plan mixes in a reward")
     for name in plan.view_requests:
@@ -130,7 +149,7 @@ def _check_support(name: str, view: ViewTensors, positions: int) -> None:
 
 def _behaviour_usable(batch: TokenBatch, plan: Plan) -> Tensor:
     usable = torch.isfinite(batch.behaviour_logprobs) | (not plan.needs_behaviour)
-    if plan.weights.rollout_cap is None or batch.old_logprobs is None:
+    if not plan.uses_old or batch.old_logprobs is None:
         return usable
     return usable & torch.isfinite(batch.old_logprobs)
 
@@ -160,26 +179,39 @@ def _advantage(
     reward: Tensor | None,
     vocabulary: int,
     *,
-    distill_open: bool,
+    distilled: Tensor,
 ) -> Tensor | None:
-    """The sampled token's advantage, f64 [T]; None where nothing uses the score function."""
-    if not plan.needs_teacher or plan.estimator == "pathwise" or not distill_open:
+    """The sampled token's advantage, f64 [T]; None where nothing uses the score function.
+
+    `distilled`, bool [T], is where the teacher has a say.
+    """
+    if not plan.needs_teacher or plan.estimator == "pathwise":
         return None if reward is None else mixed_advantage(plan, None, reward, None)
-    own = behaviour
-    if plan.weights.rollout_cap is not None and batch.old_logprobs is not None:
+    own, known_own = behaviour, torch.isfinite(batch.behaviour_logprobs)
+    if plan.uses_old and batch.old_logprobs is not None:
         own = torch.nan_to_num(batch.old_logprobs.double(), 0.0, 0.0, 0.0)
+        known_own = torch.isfinite(batch.old_logprobs)
     distill = torch.zeros_like(own)
     row = f_divergence(plan.divergence, plan.beta, plan.alpha)
     for factor, target in sampled_targets(plan, batch):
-        known = batch.mask & torch.isfinite(target) & torch.isfinite(batch.behaviour_logprobs)
+        known = batch.mask & distilled & torch.isfinite(target) & known_own
         log_u = torch.where(known, target - own, 0)
         if plan.mix == "multiply":
-            return mixed_advantage(plan, None, reward, log_u, _certainty(batch, plan, vocabulary))
-        distill = distill + factor * _distilled_advantage(batch, plan, row, log_u)
+            plain = mixed_advantage(plan, None, reward, None)
+            told = mixed_advantage(plan, None, reward, log_u, _certainty(batch, plan, vocabulary))
+            return torch.where(distilled, told, plain)
+        part = _distilled_advantage(batch, plan, row, log_u)
+        distill = distill + factor * torch.where(known, part, 0)
     if plan.weights.prefix is not None:
         assert batch.sequence_lengths is not None
         distill = distill * prefix_weight(plan.weights.prefix, distill, batch.sequence_lengths)
     return mixed_advantage(plan, distill, reward, None)
+
+
+def _teacher_entropy(batch: TokenBatch, index: Tensor) -> Tensor | None:
+    """Mean over the views that carry an entropy, f64 [N]; None where none does."""
+    known = [view.entropy.double()[index] for view in batch.views.values() if view.entropy is not None]
+    return torch.stack(known).mean(dim=0) if known else None
 
 
 def _certainty(batch: TokenBatch, plan: Plan, vocabulary: int) -> Tensor | None:

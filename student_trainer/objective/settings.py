@@ -40,6 +40,7 @@ RatioGate: TypeAlias = Literal["none", "rewarded"]
 Mix: TypeAlias = Literal["replace", "add", "multiply", "route"]
 Normalisation: TypeAlias = Literal["token_mean", "sequence_mean"]
 Horizon: TypeAlias = NonNegativeInt | Literal["response"]
+LogRatio: TypeAlias = Literal["behaviour", "student"]
 MissingContext: TypeAlias = Literal["error", "same"]
 MissingView: TypeAlias = Literal["drop", "renormalise"]
 
@@ -224,6 +225,18 @@ class TokenSettings(_Settings):
         description="only responses for which every view with a template had its own context, such as those "
         "with feedback",
     )
+    evidence_above: FiniteFloat | None = Field(
+        None,
+        description="nats; only where log q(y) − log p(y) of the sampled token, p the student as it is, is "
+        "above it: tokens that the target supports",
+    )
+    reward_above: FiniteFloat | None = Field(
+        None,
+        description="distil only responses whose verifiable reward is above it; a mixed-in reward trains all",
+    )
+    reward_below: FiniteFloat | None = Field(
+        None, description="distil only responses whose verifiable reward is below it, likewise"
+    )
     top_fraction: Annotated[FiniteFloat, Field(gt=0, lt=1)] | None = Field(
         None,
         description="pathwise, top-k support: only this fraction of a micro-batch's positions, the first by "
@@ -251,12 +264,26 @@ class WeightSettings(_Settings):
 
 
 class GateSettings(_Settings):
-    """Distillation beside a reward acts only while the student's mean entropy is high enough."""
+    """Distillation beside a reward acts only while a step's mean entropy is high enough."""
 
-    entropy_on: Annotated[FiniteFloat, Field(gt=0)] = Field(description="nats; at or above it the gate opens")
+    entropy_of: Literal["student", "teacher"] = Field(
+        "student", description="whose mean entropy; the teacher's asks for `entropy`"
+    )
+    entropy_on: Annotated[FiniteFloat, Field(gt=0)] | None = Field(
+        None, description="nats; at or above it the gate opens; unset: the mean over the warm-up steps"
+    )
+    warmup_steps: PositiveInt | None = Field(
+        None, description="without entropy_on: first steps of the run (5); the gate opens after them"
+    )
     off_fraction: Annotated[FiniteFloat, Field(gt=0, le=1)] = Field(
         0.93, description="below this fraction of entropy_on it closes"
     )
+
+    @model_validator(mode="after")
+    def _one_level(self) -> Self:
+        if self.entropy_on is not None and self.warmup_steps is not None:
+            raise ValueError("warmup_steps: set beside entropy_on, which needs none; allowed: one of the two")
+        return self
 
 
 class ObjectiveSettings(_Settings):
@@ -298,6 +325,11 @@ class ObjectiveSettings(_Settings):
         None,
         description="score_function: the divergence's true weight (exact), or −f(q/p) as a stopped gradient "
         "leaves it (stopped), which points elsewhere; for comparison",
+    )
+    log_ratio: LogRatio | None = Field(
+        None,
+        description="score_function and multiply: u is q/μ as published implementations take it (behaviour), "
+        "or q/p with the student's own p as the step starts (student), as guided sampling needs",
     )
     entry_clip: Annotated[FiniteFloat, Field(gt=0)] | None = Field(
         None, description="pathwise: bound on the share of each token of the support"

@@ -11,6 +11,8 @@ from torch import Tensor
 from student_trainer.objective.batch import ViewTensors
 from student_trainer.objective.settings import GateSettings, Normalisation, TokenSettings
 
+DEFAULT_WARMUP_STEPS = 5
+
 
 def position_in_sequence(sequence_lengths: Tensor) -> Tensor:
     """int64 [B] lengths → int64 [T]: each packed position's index in its own response."""
@@ -43,6 +45,16 @@ def entropy_gate(tokens: TokenSettings, view: ViewTensors) -> Tensor | None:
         gate &= view.entropy > tokens.teacher_entropy_above
     if tokens.teacher_entropy_below is not None:
         gate &= view.entropy < tokens.teacher_entropy_below
+    return gate
+
+
+def reward_gate(tokens: TokenSettings, rewards: Tensor) -> Tensor:
+    """bool [T]: positions of responses whose reward lies in the asked range; unknown rewards do not."""
+    gate = torch.isfinite(rewards)
+    if tokens.reward_above is not None:
+        gate &= rewards > tokens.reward_above
+    if tokens.reward_below is not None:
+        gate &= rewards < tokens.reward_below
     return gate
 
 
@@ -111,15 +123,30 @@ class HysteresisGate:
     """Whether distillation acts, as a value its owner keeps between steps (AntiSD).
 
     It opens at a mean entropy of `entropy_on`, closes below `off_fraction` of it, and stays as it is
-    in between.
+    in between. Without `entropy_on` that level is the mean over the first `warmup_steps` steps, through
+    which the gate is closed and after which it opens.
+
+    Attributes:
+        warmed: steps that the level was taken from so far.
+        level: their mean entropy, nats.
     """
 
     settings: GateSettings
     open: bool = False
+    warmed: int = 0
+    level: float = 0.0
 
     def after(self, entropy: float) -> HysteresisGate:
-        """The gate once a step's mean student entropy (nats) is known; NaN changes nothing."""
-        if entropy >= self.settings.entropy_on:
+        """The gate once a step's mean entropy (nats) is known; NaN changes nothing."""
+        if math.isnan(entropy):
+            return self
+        level, steps = self.settings.entropy_on, self.settings.warmup_steps or DEFAULT_WARMUP_STEPS
+        if level is None:
+            if self.warmed < steps:
+                warmed = self.warmed + 1
+                mean = self.level + (entropy - self.level) / warmed
+                return replace(self, open=warmed == steps, warmed=warmed, level=mean)
+            level = self.level
+        if entropy >= level:
             return replace(self, open=True)
-        closes = entropy < self.settings.off_fraction * self.settings.entropy_on
-        return replace(self, open=False) if closes else self
+        return replace(self, open=False) if entropy < self.settings.off_fraction * level else self

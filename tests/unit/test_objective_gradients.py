@@ -234,6 +234,23 @@ def test_importance_weights_give_the_gradient_under_the_current_policy() -> None
     torch.testing.assert_close(gradient, finite_difference(value, logits[None])[0], rtol=1e-7, atol=1e-8)
 
 
+@pytest.mark.parametrize("row", [*DIVERGENCES, *ENDS], ids=label)
+def test_importance_with_the_students_own_ratio_is_unbiased_off_policy(row: dict[str, Any]) -> None:
+    """u = q/p and not q/μ: the gradient of the divergence from whatever samples."""
+    logits, log_mu, log_q = off_policy(20)
+    plan = make_plan(**row, log_ratio="student", correction={"kind": "importance"})
+
+    def value(moved: Array) -> Array:
+        return divergence_of(row, np.exp(log_softmax(moved)), log_q.exp().numpy())
+
+    expected = finite_difference(value, logits[None])[0]
+    gradient = expected_gradient(plan, logits, log_mu, {"teacher": log_q})
+    torch.testing.assert_close(gradient, expected, rtol=1e-7, atol=1e-8)
+    as_sampled = make_plan(**row, correction={"kind": "importance"})
+    other = expected_gradient(as_sampled, logits, log_mu, {"teacher": log_q})
+    assert (other - expected).abs().max() > 1e-3
+
+
 def test_importance_cap_truncates_the_weight_and_keeps_the_token() -> None:
     logits, log_mu, log_q = off_policy(30)
     cap = 1.2

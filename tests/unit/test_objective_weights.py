@@ -85,6 +85,63 @@ def test_only_marked_positions_are_trained_on() -> None:
         run(plan, make_batch())
 
 
+@pytest.mark.parametrize("row", [{}, {**TOP_K, "tail": "bucket"}, {"mix": "add"}], ids=str)
+def test_only_positions_that_the_target_supports_are_trained_on(row: dict[str, Any]) -> None:
+    """EDGE-OPD: log q(y) − log p(y) above a bound, p the student as it is and not as it sampled."""
+    plan = make_plan(**row, tokens={"evidence_above": 0.3}, monitor=False)
+    supported = at_sampled(LOG_Q) - at_sampled(LOG_P) > 0.3
+    assert not torch.equal(supported, at_sampled(LOG_Q) - BEHAVIOUR > 0.3)
+    gradient, out = run(plan, make_batch())
+    expected, kept = run(make_plan(**row), make_batch(mask=supported))
+    torch.testing.assert_close(gradient, expected)
+    assert out.metrics["positions"] == int(supported.sum()) == T - out.metrics["dropped_evidence"]
+    assert out.metrics["entropy"] == pytest.approx(kept.metrics["entropy"])
+
+
+REWARDS = torch.tensor([0.9, 0.9, 0.9, 0.9, 0.9, 0.2, 0.2, 0.2])
+
+
+@pytest.mark.parametrize("mix", ["replace", "add", "multiply"])
+@pytest.mark.parametrize("row", [{}, {**TOP_K, "tail": "bucket"}], ids=["sampled", "top-k"])
+def test_reward_gate_distils_responses_in_range_and_rewards_all(row: dict[str, Any], mix: str) -> None:
+    if row and mix == "multiply":
+        return
+    low, high = (
+        make_plan(**row, mix=mix, tokens=tokens) for tokens in ({"reward_below": 0.5}, {"reward_above": 0.5})
+    )
+    plain, batch = make_plan(**row, mix=mix), make_batch(rewards=REWARDS)
+    first, last = REWARDS > 0.5, REWARDS < 0.5
+    for plan, chosen in ((low, last), (high, first)):
+        gradient, out = run(plan, batch)
+        distilled, _ = run(plain, make_batch(mask=chosen))
+        rest = policy_gradient(torch.where(chosen, 0, REWARD)) if mix != "replace" else 0
+        torch.testing.assert_close(gradient, distilled + rest)
+        assert out.metrics["gated_reward"] == int((~chosen).sum())
+        assert out.metrics["positions"] == (int(chosen.sum()) if mix == "replace" else T)
+    nowhere, _ = run(high, make_batch(rewards=torch.full((T,), math.nan)))
+    torch.testing.assert_close(
+        nowhere, torch.zeros_like(nowhere) if mix == "replace" else policy_gradient(REWARD)
+    )
+    with pytest.raises(ValueError, match=r"batch.rewards: missing"):
+        run(high, make_batch())
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["old", "current"])
+@pytest.mark.parametrize("mix", ["replace", "multiply"])
+def test_log_ratio_of_the_student_ignores_who_sampled(mix: str, known: bool) -> None:
+    """What guided sampling needs, where μ saw another context than p."""
+    plan = make_plan(log_ratio="student", mix=mix)
+    own = OLD if known else at_sampled(LOG_P)
+    gradient, out = run(plan, make_batch(old_logprobs=OLD if known else None), chunk_rows=3)
+    expected, _ = run(make_plan(mix=mix), make_batch(behaviour_logprobs=own))
+    torch.testing.assert_close(gradient, expected)
+    assert out.metrics["positions"] == T
+    blind, _ = run(
+        plan, make_batch(behaviour_logprobs=torch.full_like(BEHAVIOUR, math.nan), old_logprobs=own)
+    )
+    torch.testing.assert_close(blind, expected)
+
+
 @pytest.mark.parametrize("chunk_rows", [1, 3, 100])
 @pytest.mark.parametrize("tail", ["stop_gradient", "bucket"])
 def test_top_fraction_keeps_positions_by_divergence_times_teacher_mass(tail: str, chunk_rows: int) -> None:
@@ -213,6 +270,35 @@ def test_gate_opens_high_and_closes_low() -> None:
         gate = gate.after(entropy)
         seen.append(gate.open)
     assert seen == [False, True, True, True, True, False, False, True]
+
+
+def test_gate_without_a_level_takes_it_from_its_first_steps() -> None:
+    """AntiSD: H_warm is the mean of five warm-up steps; on at H_warm, off below 0.93 of it."""
+    gate = HysteresisGate(GateSettings())
+    seen = []
+    for entropy in (1.0, 1.2, math.nan, 0.8, 1.1, 0.9, 0.94, 0.92, 0.99, 1.0):
+        gate = gate.after(entropy)
+        seen.append(gate.open)
+    assert gate.level == pytest.approx(1.0)
+    assert seen == [False] * 5 + [True, True, False, False, True]
+    with pytest.raises(ValueError, match="warmup_steps: set beside entropy_on"):
+        GateSettings(entropy_on=1.0, warmup_steps=3)
+
+
+@pytest.mark.parametrize("row", [{}, {**TOP_K, "tail": "bucket"}])
+def test_entropies_of_student_and_teacher_are_counted_for_the_gate(row: dict[str, Any]) -> None:
+    plan = make_plan(**row, mix="add", gate={"entropy_of": "teacher"})
+    assert all(signal.entropy for _, signal in plan.view_requests.values())
+    batch = make_batch()
+    entropy = batch.views["teacher"].entropy
+    assert entropy is not None
+    unknown = entropy.clone()
+    unknown[1] = math.nan
+    batch = make_batch(views={"teacher": replace(batch.views["teacher"], entropy=unknown)})
+    _, out = run(plan, batch, distill_open=False)
+    assert out.metrics["entropy_known"] == T - 1
+    assert out.metrics["teacher_entropy"] == pytest.approx(float(entropy.sum() - entropy[1]))
+    assert out.metrics["entropy"] == pytest.approx(float(-(LOG_P.exp() * LOG_P).sum()))
 
 
 @pytest.mark.parametrize("row", [{}, {**TOP_K, "tail": "bucket"}, {"mix": "multiply"}, {"mix": "route"}])
