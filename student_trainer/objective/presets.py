@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
+from collections.abc import Mapping
 from importlib import resources
 from typing import Any, Literal
 
@@ -16,7 +17,8 @@ class Preset(BaseModel):
     """One published method.
 
     `read` says what was read: "code", "paper", "notes" (third-party notes quoting the paper) or
-    "abstract". `inferred` lists the settings the source does not fix.
+    "abstract". `inferred` lists the settings the source does not fix. `requires` lists keys that only the
+    user can know, such as "tokens.skip_ids"; without them the row would be another method.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -26,6 +28,7 @@ class Preset(BaseModel):
     source: str
     read: Literal["code", "paper", "notes", "abstract"]
     inferred: tuple[str, ...] = ()
+    requires: tuple[str, ...] = ()
     notes: str = ""
     objective: dict[str, Any]
 
@@ -56,18 +59,52 @@ def load(name: str) -> Preset:
 def resolve(settings: ObjectiveSettings) -> ObjectiveSettings:
     """Lay the keys that were set over the named preset's row.
 
-    A key of the preset that the overriding keys make meaningless (the preset's `tail` under an
-    overriding `support = "full"`) is dropped; a meaningless key that was set by hand is left for
-    `compile_plan` to refuse.
+    Tables are laid over key by key: `tokens`, `weights`, `gate`, and the views that the preset has. To name
+    any view that it does not have is to give all of them. A key of the preset that the overriding keys
+    make meaningless (the preset's `tail` under an overriding `support = "full"`) is dropped; a
+    meaningless key that was set by hand is left for `compile_plan` to refuse.
+
+    Raises:
+        ObjectiveError: a key that the preset requires was not set.
     """
     if settings.preset is None:
         return settings
+    preset = load(settings.preset)
     chosen = settings.model_dump(exclude_unset=True)
     del chosen["preset"]
-    row = ObjectiveSettings.model_validate({**load(settings.preset).objective, **chosen})
+    for key in preset.requires:
+        if not _is_set(chosen, key):
+            raise ObjectiveError(f"objective.{key}: missing; preset {preset.name!r} needs it")
+    row = ObjectiveSettings.model_validate(_laid_over(preset.objective, chosen))
     dropped = {field for field in idle_fields(row) if field not in chosen}
     kept = row.model_dump(exclude_unset=True, exclude=dropped)
     return ObjectiveSettings.model_validate(kept)
+
+
+def _laid_over(row: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """The preset's keys with the user's in their place; both as they stand in TOML."""
+    merged = {**row, **chosen}
+    for table in ("tokens", "weights", "gate"):
+        if isinstance(row.get(table), Mapping) and isinstance(chosen.get(table), Mapping):
+            merged[table] = {**row[table], **chosen[table]}
+    views, named = row.get("views", {}), chosen.get("views") or {}
+    if set(named) <= set(views):
+        merged["views"] = {name: _view(view, named.get(name, {})) for name, view in views.items()}
+    return merged
+
+
+def _view(view: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """A view's keys; `route` and `weights` both say who scores, so the user's takes the other's place."""
+    other = {"route": "weights", "weights": "route"}
+    replaced = {other[key] for key in other if key in chosen}
+    return {key: value for key, value in view.items() if key not in replaced} | dict(chosen)
+
+
+def _is_set(chosen: Mapping[str, Any], key: str) -> bool:
+    *tables, last = key.split(".")
+    for table in tables:
+        chosen = chosen.get(table) or {}
+    return last in chosen
 
 
 def idle_fields(settings: ObjectiveSettings) -> dict[str, str]:
