@@ -95,6 +95,15 @@ def teacher(
     namespace: Annotated[str, typer.Option(help="Prefix of the queue's keys.")] = "tutelage",
     heartbeat_seconds: Annotated[float, typer.Option(help="How often leases are renewed.")] = 5.0,
     consumer: Annotated[str | None, typer.Option(help="This replica's name in the queue.")] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR|URL",
+            envvar="TUTELAGE_CACHE",
+            help="Keep scores in this directory or Redis, and answer from there what was scored before. "
+            "With a password, set TUTELAGE_CACHE instead.",
+        ),
+    ] = None,
     ready_file: Annotated[Path | None, typer.Option(help="Written with the addresses once ready.")] = None,
     set_: Annotated[
         list[str] | None,
@@ -164,6 +173,8 @@ def teacher(
         }
         if consumer is not None:
             settings["consumer"] = consumer
+        if cache is not None:
+            settings["cache"] = {"location": cache}
         for text in set_ or []:
             _set(settings, text)
         checked = TeacherSettings.model_validate(settings)

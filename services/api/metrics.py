@@ -68,6 +68,9 @@ class Metrics:
             registry=self.registry,
         )
         self.queue_jobs = counter("queue_jobs", "Jobs taken from the queue, by outcome", "outcome")
+        self.cache_sequences = counter("cache_sequences", "Sequences at the cache, by outcome", "outcome")
+        self.cache_failures = counter("cache_failures", "What the cache did without, by reason", "reason")
+        self.cache_bytes = gauge("cache_bytes", "Bytes that the cache holds, as last counted")
         self.registry.register(_EngineMetrics())
 
     def exposition(self) -> bytes:

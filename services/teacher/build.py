@@ -2,8 +2,49 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from pydantic import BaseModel
+
+from services.api.metrics import Metrics
 from services.teacher.engine import Engine
 from services.teacher.settings import TeacherSettings
+
+
+# Settings of engines that change what a score costs and not what it is; any other is in the cache's keys.
+_CHANGE_NO_NUMBER: dict[str, set[str]] = {
+    "fake": {
+        "latency_seconds",
+        "tokens_per_second",
+        "load_seconds",
+        "failure_rate",
+        "disconnect_rate",
+        "poison_token",
+        "exit_after",
+    },
+    "vllm": {"gpu_memory_utilization", "kv_cache_memory_bytes", "max_model_len"},
+}
+
+
+def build_cached(settings: TeacherSettings, metrics: Metrics) -> Engine:
+    """The engine of `settings`, behind the cache that they name, if they name one."""
+    engine = build_engine(settings)
+    if settings.cache is None:
+        return engine
+    from services.teacher.cache.engine import CachedEngine
+    from services.teacher.cache.store import build_store
+
+    store = build_store(settings.cache, settings.namespace)
+    return CachedEngine(engine, store, variant=_variant(settings), metrics=metrics)
+
+
+def _variant(settings: TeacherSettings) -> dict[str, Any]:
+    """What changes numbers and is in no identity, as JSON values."""
+    changes: dict[str, Any] = {"device": settings.device, "deterministic": settings.deterministic}
+    if settings.engine in _CHANGE_NO_NUMBER:
+        own: BaseModel = getattr(settings, settings.engine)
+        changes["engine"] = own.model_dump(mode="json", exclude=_CHANGE_NO_NUMBER[settings.engine])
+    return changes
 
 
 def build_engine(settings: TeacherSettings) -> Engine:

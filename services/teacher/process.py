@@ -23,9 +23,10 @@ from services.api.core import ScoringCore
 from services.api.grpc_server import GrpcServer
 from services.api.http_app import build_app, build_metrics_app
 from services.api.http_server import HttpServer
+from services.api.metrics import Metrics
 from services.exit_status import EXIT_FAILED, exit_status
 from services.logs import log_to_stderr
-from services.teacher.build import build_engine
+from services.teacher.build import build_cached
 from services.teacher.engine import Engine
 from services.teacher.puller import Puller
 from services.teacher.settings import TeacherSettings
@@ -71,11 +72,13 @@ class Replica:
     def __init__(self, settings: TeacherSettings) -> None:
         self._settings = settings
         service = settings.service
-        self._engine: Engine = build_engine(settings)
+        metrics = Metrics()
+        self._engine: Engine = build_cached(settings, metrics)
         self._core = ScoringCore(
             self._engine,
             max_queued_tokens=service.max_queued_tokens,
             max_message_bytes=service.max_message_bytes,
+            metrics=metrics,
         )
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()

@@ -13,6 +13,7 @@ from tutelage_client.types import Limits
 from services.api.settings import ServiceSettings
 from services.models.vllm_settings import MAX_BATCH_TOKENS, VllmSettings, check_engine
 from services.queue_address import QueueAddress
+from services.teacher.cache.settings import CacheSettings
 from services.teacher.engines.fake import FakeSettings
 
 EngineName = Literal["transformers", "vllm", "fake"]
@@ -64,6 +65,7 @@ class TeacherSettings(BaseModel):
     threads: int | None = Field(default=None, ge=1, description="torch threads on the CPU")
     fake: FakeSettings = Field(default_factory=FakeSettings, description="the fake engine's behaviour")
     vllm: VllmSettings = Field(default_factory=VllmSettings, description="the vLLM engine's arguments")
+    cache: CacheSettings | None = Field(default=None, description="keeps scores in front of the engine")
     limits: LimitSettings = Field(default_factory=LimitSettings)
     service: ServiceSettings = Field(default_factory=ServiceSettings)
     queue_url: QueueAddress | None = Field(

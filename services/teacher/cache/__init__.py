@@ -1,0 +1,1 @@
+"""Scores kept by what they are scores of: a content-addressed cache in front of any engine."""
