@@ -16,9 +16,11 @@ from services.models.load import LoadedModel, load_weights
 from student_trainer.config import RunConfig
 from student_trainer.objective.plan import Plan
 from student_trainer.policy_store import PolicyStore, PolicyVersion
+from student_trainer.sampler.contexts import ContextBuilder
 from student_trainer.sampler.data import PromptSource, load_prompts
 from student_trainer.sampler.engines import ModelSource, load_plain, open_generator, self_test
 from student_trainer.sampler.groups import GroupSampler, OtherSampler
+from student_trainer.sampler.labels import ExampleLabels
 from student_trainer.sampler.policy import StudentPolicy
 from student_trainer.sampler.prompts import PromptEncoder
 
@@ -40,7 +42,8 @@ def build_sampler(config: RunConfig, first: PolicyVersion) -> tuple[StudentPolic
 def _build(config: RunConfig, first: PolicyVersion, opened: ExitStack) -> tuple[StudentPolicy, GroupSampler]:
     sampling = config.sampling
     plan = config.plan()
-    rescores = sampling.student_share < 1.0 and plan.student_candidates > 0
+    # Responses of another model, or under another context, carry no candidates of the student's own.
+    rescores = (sampling.student_share < 1.0 or sampling.context is not None) and plan.student_candidates > 0
     source = ModelSource(first.path, None, config.student.dtype, config.student.device)
     plain = load_plain(sampling, source, stays=rescores)
     if plain.tokenizer is None:
@@ -67,6 +70,15 @@ def _build(config: RunConfig, first: PolicyVersion, opened: ExitStack) -> tuple[
         plan=plan,
         prompts=prompts,
         encoder=encoder,
+        contexts=ContextBuilder(
+            plan,
+            prompts,
+            encoder,
+            seed=config.run.seed,
+            prompts_per_step=config.training.prompts_per_step,
+            guide=sampling.context,
+        ),
+        labels=ExampleLabels(plan, prompts, config.data.tag_field),
         tokenizer=plain.tokenizer,
         student=student,
         student_model=plain.model if rescores else None,

@@ -36,6 +36,23 @@ def boxed(text: str, answer: str) -> float:
     return float(bool(both_numbers) and last_number(left) == last_number(right))
 
 
+def exact_objection(text: str) -> str:
+    """What `exact` has against a wrong response."""
+    return f"The answer {text.strip()!r} is wrong." if text.strip() else "There is no answer."
+
+
+def numeric_objection(text: str) -> str:
+    """What `numeric` has against a wrong response."""
+    found = last_number(text)
+    return "There is no number in the answer." if found is None else f"The last number, {found}, is wrong."
+
+
+def boxed_objection(text: str) -> str:
+    r"""What `boxed` has against a wrong response."""
+    found = last_boxed(text)
+    return r"There is no \boxed{} in the answer." if found is None else rf"\boxed{{{found}}} is wrong."
+
+
 def last_number(text: str) -> Decimal | None:
     """The last decimal number in `text`; commas between digits are read as thousands."""
     numbers = _NUMBER.findall(text)
@@ -61,3 +78,8 @@ def _plain(text: str) -> str:
 
 
 CHECKERS: dict[str, Callable[[str, str], float]] = {"exact": exact, "numeric": numeric, "boxed": boxed}
+OBJECTIONS: dict[str, Callable[[str], str]] = {
+    "exact": exact_objection,
+    "numeric": numeric_objection,
+    "boxed": boxed_objection,
+}

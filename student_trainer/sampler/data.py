@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from tutelage_client.errors import invalid
 
-from student_trainer.sampler.checkers import CHECKERS
+from student_trainer.sampler.checkers import CHECKERS, OBJECTIONS
 from student_trainer.sampler.records import Records, field_of, open_records
 from student_trainer.sampler.settings import DataSettings
 from student_trainer.tasks import Example, Task, load_task
@@ -72,6 +72,14 @@ class PromptSource:
         """The checker's verdict, or None where the example has no answer to check."""
         return None if example.answer is None else self.task.reward(example, text)
 
+    def feedback(self, example: Example, text: str) -> str | None:
+        """What the checker says about a response; None where it has nothing to say."""
+        return None if example.answer is None else self.task.feedback(example, text)
+
+    def place(self, group_index: int) -> str:
+        """Where the example comes from, for messages."""
+        return f"row {self.training_index(group_index)} of {self.task.name}"
+
     def _draw_permutation(self, epoch: int) -> npt.NDArray[np.int64]:
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.training))
 
@@ -86,6 +94,7 @@ class RecordTask:
         self._records = records
         self._settings = settings
         self._check = CHECKERS[settings.checker]
+        self._object = OBJECTIONS[settings.checker]
 
     def __len__(self) -> int:
         return len(self._records)
@@ -108,6 +117,9 @@ class RecordTask:
     def reward(self, example: Example, text: str) -> float:
         assert example.answer is not None
         return self._check(text, example.answer)
+
+    def feedback(self, example: Example, text: str) -> str | None:
+        return None if self.reward(example, text) >= 1.0 else self._object(text)
 
 
 def load_prompts(

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tutelage.v1 import teacher_pb2 as pb
 from tutelage.v1.rollout_pb2 import Group, Rollout, ViewRequest
-from tutelage.v1.teacher_pb2 import Context, Pins
 from tutelage_client.codec import signal_to_proto
 from tutelage_client.types import Int32Array
 
@@ -16,14 +16,17 @@ from services import tracing
 from student_trainer.lineage import Lineage, to_proto
 from student_trainer.objective.compile import Plan
 from student_trainer.sampler.candidates import student_candidates
+from student_trainer.sampler.contexts import Context, ContextBuilder, Sampled, without_thinking
 from student_trainer.sampler.data import PromptSource
 from student_trainer.sampler.generate import Generator, Response, Row
+from student_trainer.sampler.labels import ExampleLabels
 from student_trainer.sampler.prompts import EncodedPrompt, PromptEncoder
 from student_trainer.sampler.settings import SamplingSettings
 from student_trainer.sampler.uniforms import uniforms
 from student_trainer.tasks import Example
 
 STUDENT = "student"
+GUIDED = "student@context"  # the student under [sampling] context
 _COIN = -1  # sample index of the number that decides who samples a group
 
 
@@ -51,9 +54,11 @@ class GroupSampler:
     """Samples groups by index; stateless but for the student's weights.
 
     Args:
+        contexts: what privileged views and, with [sampling] context, the student itself see.
+        labels: tags and factors of the examples.
         pins: per teacher name, conditions sent with its requests.
-        student_model: the student for packed forwards, needed when `other` samples and the plan asks
-            for the student's candidates.
+        student_model: the student for packed forwards, needed where responses are sampled by another model
+            or under another context, and the plan asks for the student's candidates.
     """
 
     def __init__(
@@ -65,10 +70,12 @@ class GroupSampler:
         plan: Plan,
         prompts: PromptSource,
         encoder: PromptEncoder,
+        contexts: ContextBuilder,
+        labels: ExampleLabels,
         tokenizer: Any,
         student: Generator,
         student_model: Any,
-        pins: Mapping[str, Pins],
+        pins: Mapping[str, pb.Pins],
         other: OtherSampler | None = None,
     ) -> None:
         self.run = run
@@ -78,6 +85,8 @@ class GroupSampler:
         self.prompts = prompts
         self.encoder = encoder
         self.student = student
+        self._contexts = contexts
+        self._labels = labels
         self._tokenizer = tokenizer
         self._student_model = student_model
         self._pins = pins
@@ -94,26 +103,21 @@ class GroupSampler:
         examples = [self.prompts.example(index) for index in indices]
         prompts = self.encoder.encode(examples)
         by_student = [self._student_samples(index) for index in indices]
-        responses: dict[int, list[Response]] = {}
-        for mine in (True, False):
-            chosen = [i for i in range(len(indices)) if by_student[i] == mine]
-            if chosen:
-                rows = [
-                    Row(prompts[i].ids, indices[i], sample)
-                    for i in chosen
-                    for sample in range(self.sampling.samples_per_prompt)
-                ]
-                flat = self._generate(rows) if mine else self._generate_other(rows)
-                size = self.sampling.samples_per_prompt
-                responses.update((i, flat[at * size : (at + 1) * size]) for at, i in enumerate(chosen))
+        responses = self._responses(indices, examples, prompts, by_student)
+        sampled = [self._sampled(*each) for each in zip(indices, examples, responses, strict=True)]
+        contexts = self._contexts.contexts(sampled, prompts)
         groups = []
-        for i, example in enumerate(examples):
-            group = self._group(indices[i], example, prompts[i], responses[i])
+        for i, each in enumerate(sampled):
+            group = self._group(each, prompts[i], responses[i])
             group.traceparent = traceparent(group.id, lineage)
             group.policy_version = policy_version
             group.lineage.extend(to_proto(lineage))
-            group.sampled_by = STUDENT if by_student[i] or self._other is None else self._other.name
-            groups.append(SampledGroup(group, self._requests(group)))
+            group.sampled_by = self._sampler_name(by_student[i])
+            for view, rollouts in contexts[i].items():
+                for rollout, context in zip(group.rollouts, rollouts, strict=True):
+                    if context.template is not None:
+                        rollout.privileged_views.append(view)
+            groups.append(SampledGroup(group, self._requests(group, contexts[i])))
         return groups
 
     def interrupt(self) -> None:
@@ -140,81 +144,122 @@ class GroupSampler:
         share = self.sampling.student_share
         return share == 1.0 or float(uniforms(self.seed, index, _COIN, 1)[0]) < share
 
-    def _generate(self, rows: list[Row]) -> list[Response]:
-        return self.student.generate(
-            rows,
-            seed=self.seed,
-            temperature=self.sampling.temperature,
-            max_new_tokens=self.sampling.max_new_tokens,
-            candidates=self.plan.student_candidates,
-        )
+    def _sampler_name(self, by_student: bool) -> str:
+        if not by_student and self._other is not None:
+            return self._other.name
+        return STUDENT if self.sampling.context is None else GUIDED
 
-    def _generate_other(self, rows: list[Row]) -> list[Response]:
-        assert self._other is not None
-        responses = self._other.generator.generate(
+    def _responses(
+        self,
+        indices: Sequence[int],
+        examples: Sequence[Example],
+        prompts: Sequence[EncodedPrompt],
+        by_student: Sequence[bool],
+    ) -> list[list[Response]]:
+        """samples_per_prompt responses for each group."""
+        size = self.sampling.samples_per_prompt
+        found: dict[int, list[Response]] = {}
+        for mine in (True, False):
+            chosen = [i for i in range(len(indices)) if by_student[i] == mine]
+            if not chosen:
+                continue
+            own = [prompts[i] for i in chosen]
+            seen = own
+            if mine and self.sampling.context is not None:
+                seen = self._contexts.guided([indices[i] for i in chosen], [examples[i] for i in chosen])
+            rows = [
+                Row(prompt.ids, indices[i], sample)
+                for i, prompt in zip(chosen, seen, strict=True)
+                for sample in range(size)
+            ]
+            flat = self._generate(rows, [prompt.ids for prompt in own for _ in range(size)], mine=mine)
+            found.update((i, flat[at * size : (at + 1) * size]) for at, i in enumerate(chosen))
+        return [found[i] for i in range(len(indices))]
+
+    def _generate(self, rows: list[Row], prompts: list[Int32Array], *, mine: bool) -> list[Response]:
+        """A response for each row; candidates are the student's own under `prompts`, whoever samples."""
+        recorded = mine and self.sampling.context is None
+        generator = self.student if mine or self._other is None else self._other.generator
+        responses = generator.generate(
             rows,
             seed=self.seed,
             temperature=self.sampling.temperature,
             max_new_tokens=self.sampling.max_new_tokens,
+            candidates=self.plan.student_candidates if recorded else 0,
         )
+        return responses if recorded else self._with_candidates(responses, prompts)
+
+    def _with_candidates(self, responses: list[Response], prompts: list[Int32Array]) -> list[Response]:
         if not self.plan.student_candidates:
             return responses
         candidates: list[Int32Array] = []
-        for start in range(0, len(rows), self.sampling.batch_size):
+        for start in range(0, len(responses), self.sampling.batch_size):
             part = slice(start, start + self.sampling.batch_size)
             pairs = [(i, response.ids) for i, response in enumerate(responses[part])]
-            prompts = [row.prompt_ids for row in rows[part]]
             candidates += student_candidates(
-                self._student_model, prompts, pairs, self.plan.student_candidates
+                self._student_model, prompts[part], pairs, self.plan.student_candidates
             )
         return [
             Response(response.ids, response.logprobs, ids, response.finished)
             for response, ids in zip(responses, candidates, strict=True)
         ]
 
-    def _group(
-        self, index: int, example: Example, prompt: EncodedPrompt, responses: Sequence[Response]
-    ) -> Group:
-        identifier = f"{self.run}-{index}"
+    def _sampled(self, index: int, example: Example, responses: Sequence[Response]) -> Sampled:
+        texts = self.texts(responses)
+        return Sampled(
+            index,
+            example,
+            texts=tuple(texts),
+            answers=without_thinking(self._tokenizer, [response.ids for response in responses]),
+            rewards=tuple(self.prompts.reward(example, text) for text in texts),
+        )
+
+    def _group(self, sampled: Sampled, prompt: EncodedPrompt, responses: Sequence[Response]) -> Group:
         return Group(
-            id=identifier,
+            id=f"{self.run}-{sampled.index}",
             run=self.run,
-            index=index,
+            index=sampled.index,
             prompt_ids=_bytes(prompt.ids),
             rollouts=[
-                self._rollout(example, response, text)
-                for response, text in zip(responses, self.texts(responses), strict=True)
+                _rollout(response, text, reward)
+                for response, text, reward in zip(responses, sampled.texts, sampled.rewards, strict=True)
             ],
             temperature=self.sampling.temperature,
             prompt_text=prompt.text,
+            tag=self._labels.tag(sampled.index, sampled.example),
+            view_weights=self._labels.weights(sampled.index, sampled.example),
         )
 
-    def _requests(self, group: Group) -> tuple[ViewRequest, ...]:
-        return tuple(
-            ViewRequest(
-                view=view,
-                teacher=teacher,
-                pins=self._pins.get(teacher),
-                signal=signal_to_proto(signal),
-                contexts=[Context(ids=group.prompt_ids)],
+    def _requests(self, group: Group, contexts: Mapping[str, tuple[Context, ...]]) -> tuple[ViewRequest, ...]:
+        requests = []
+        for view, (_, signal) in self.plan.view_requests.items():
+            teacher = self._labels.teacher(view, group.index, group.tag)
+            seen = [_bytes(context.prompt.ids) for context in contexts.get(view, ())] or [group.prompt_ids]
+            requests.append(
+                ViewRequest(
+                    view=view,
+                    teacher=teacher,
+                    pins=self._pins.get(teacher),
+                    signal=signal_to_proto(signal),
+                    contexts=[pb.Context(ids=ids) for ids in (seen if len(set(seen)) > 1 else seen[:1])],
+                )
             )
-            for view, (teacher, signal) in self.plan.view_requests.items()
-        )
+        return tuple(requests)
 
-    def _rollout(self, example: Example, response: Response, text: str) -> Rollout:
-        rollout = Rollout(
-            response_ids=_bytes(response.ids),
-            behaviour_logprobs=response.logprobs.astype("<f4", copy=False).tobytes(),
-            finished=response.finished,
-            text=text,
-        )
-        reward = self.prompts.reward(example, text)
-        if reward is not None:
-            rollout.reward = reward
-        if response.candidate_ids is not None:
-            rollout.candidate_ids = _bytes(response.candidate_ids)
-            rollout.num_candidates = response.candidate_ids.shape[1]
-        return rollout
+
+def _rollout(response: Response, text: str, reward: float | None) -> Rollout:
+    rollout = Rollout(
+        response_ids=_bytes(response.ids),
+        behaviour_logprobs=response.logprobs.astype("<f4", copy=False).tobytes(),
+        finished=response.finished,
+        text=text,
+    )
+    if reward is not None:
+        rollout.reward = reward
+    if response.candidate_ids is not None:
+        rollout.candidate_ids = _bytes(response.candidate_ids)
+        rollout.num_candidates = response.candidate_ids.shape[1]
+    return rollout
 
 
 def _bytes(ids: Int32Array) -> bytes:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,22 +37,50 @@ class PromptEncoder:
         if wanted and not self._has_template:
             raise invalid("data.chat_template: the student's tokenizer has no chat template")
 
+    @property
+    def chats(self) -> bool:
+        """Whether there is a chat template to write a system message with."""
+        return self._has_template
+
     def text(self, example: Example) -> str:
         """The prompt as the model sees it, special tokens written out."""
         if not self._uses_template(example):
             assert isinstance(example.prompt, str)
             return example.prompt
-        messages = (
-            [{"role": "user", "content": example.prompt}]
-            if isinstance(example.prompt, str)
-            else [dict(message) for message in example.prompt]
-        )
-        if self._settings.system_prompt is not None and messages[0].get("role") != "system":
-            messages.insert(0, {"role": "system", "content": self._settings.system_prompt})
         rendered: str = self._tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **self._settings.chat_template_arguments
+            self._messages(example),
+            tokenize=False,
+            add_generation_prompt=True,
+            **self._settings.chat_template_arguments,
         )
         return rendered
+
+    def reworded(self, example: Example, *, user: str | None, system: str | None) -> Example:
+        """The example with another prompt.
+
+        Args:
+            user: takes the place of the last user message's text, of all of a plain prompt; None: as it is.
+            system: goes before what the system message says, if there is one.
+
+        Raises:
+            TutelageError: INVALID_ARGUMENT where there is no user message, or no system message to write.
+        """
+        if not self._uses_template(example):
+            if system is not None:
+                raise invalid("system: needs a chat template, this prompt is plain text")
+            return example if user is None else replace(example, prompt=user)
+        messages = self._messages(example)
+        if user is not None:
+            place = last_user_message(messages)
+            if place is None:
+                raise invalid("user: the prompt has no user message that it could take the place of")
+            messages[place]["content"] = user
+        if system is not None:
+            if messages[0].get("role") == "system":
+                messages[0]["content"] = f"{system}\n\n{messages[0]['content']}"
+            else:
+                messages.insert(0, {"role": "system", "content": system})
+        return replace(example, prompt=tuple(messages))
 
     def encode(self, examples: Sequence[Example]) -> list[EncodedPrompt]:
         """Every example's prompt, in one call of the tokenizer for each kind.
@@ -71,9 +99,32 @@ class PromptEncoder:
                 encoded[i] = EncodedPrompt(texts[i], np.array(ids, dtype=np.int32))
         return [encoded[i] for i in range(len(examples))]
 
+    def _messages(self, example: Example) -> list[dict[str, str]]:
+        messages = (
+            [{"role": "user", "content": example.prompt}]
+            if isinstance(example.prompt, str)
+            else [dict(message) for message in example.prompt]
+        )
+        if self._settings.system_prompt is not None and messages[0].get("role") != "system":
+            messages.insert(0, {"role": "system", "content": self._settings.system_prompt})
+        return messages
+
     def _uses_template(self, example: Example) -> bool:
         if isinstance(example.prompt, str):
             return self._settings.chat_template != "never" and self._has_template
         if not self._has_template:
             raise invalid("data.prompt_field: chat messages need a tokenizer with a chat template")
         return True
+
+
+def question(example: Example) -> str | None:
+    """The prompt's own words: all of a plain one, the last user message of a chat; None without one."""
+    if isinstance(example.prompt, str):
+        return example.prompt
+    place = last_user_message(example.prompt)
+    return None if place is None else example.prompt[place]["content"]
+
+
+def last_user_message(messages: Sequence[Mapping[str, str]]) -> int | None:
+    """Where it is."""
+    return max((i for i, message in enumerate(messages) if message.get("role") == "user"), default=None)

@@ -2,6 +2,8 @@
 
 `347+585=` is answered `12,13,09:932`: for units, tens and hundreds a pair of carry and digit,
 then the sum. The whole answer is a function of the prompt, so a model can be judged exactly.
+Feedback on a wrong one is in the task's own characters: `-2` says that the second part, the tens, is the
+first that is wrong, and `-4` that it is the sum.
 """
 
 from __future__ import annotations
@@ -48,6 +50,14 @@ class Addition:
         _, colon, result = text.rpartition(":")
         return float(colon == ":" and result == example.answer)
 
+    def feedback(self, example: Example, text: str) -> str | None:
+        if self.reward(example, text) == 1.0:
+            return None
+        expected, given = _parts(example.fields["solution"]), _parts(text)
+        given += [""] * (len(expected) - len(given))
+        wrong = next((i for i, part in enumerate(expected) if given[i] != part), len(expected) - 1)
+        return f"-{wrong + 1}"
+
 
 def operands(index: int) -> tuple[int, int]:
     """The two numbers of example `index`."""
@@ -69,6 +79,11 @@ def solution(first: int, second: int, forgotten: Sequence[bool] = (False, False)
             carry = 0
     result = ("1" if carry else "") + "".join(reversed(digits))
     return f"{','.join(pairs)}:{result}"
+
+
+def _parts(text: str) -> list[str]:
+    """The columns' pairs and the sum."""
+    return text.replace(":", ",").split(",")
 
 
 def _splitmix64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

@@ -38,6 +38,10 @@ class Task(Protocol):
         """1.0 when the response `text` (special tokens removed) answers `example`, else 0.0."""
         ...
 
+    def feedback(self, example: Example, text: str) -> str | None:
+        """What is wrong with the response, without giving the answer away; None where nothing is."""
+        ...
+
 
 def load_task(name: str) -> Task:
     """The built-in task of that name; raises TutelageError for an unknown one."""

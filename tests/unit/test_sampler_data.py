@@ -213,3 +213,36 @@ def test_checkers() -> None:
     assert boxed(r"\boxed{x", "x") == 0.0
     assert boxed(r"\boxed{4} and \boxed{5", "4") == 1.0
     assert boxed("4", "4") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("checker", "answer", "text", "said"),
+    [
+        ("exact", "7", " 7 ", None),
+        ("exact", "7", "8", "The answer '8' is wrong."),
+        ("exact", "7", " ", "There is no answer."),
+        ("numeric", "7", "so 7.0", None),
+        ("numeric", "7", "7 or 8,000", "The last number, 8000, is wrong."),
+        ("numeric", "7", "seven", "There is no number in the answer."),
+        ("boxed", "7", r"\boxed{7}", None),
+        ("boxed", "7", r"\boxed{{8}}", r"\boxed{{8}} is wrong."),
+        ("boxed", "7", "7", r"There is no \boxed{} in the answer."),
+    ],
+)
+def test_checkers_say_what_is_wrong_and_not_what_is_right(
+    tmp_path: Path, checker: str, answer: str, text: str, said: str | None
+) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "p", "answer": answer}])
+    source = load_prompts(
+        DataSettings.model_validate(
+            {"path": path, "answer_field": "answer", "checker": checker, "holdout": 0.0}
+        ),
+        seed=0,
+    )
+    assert source.feedback(source.example(0), text) == said
+
+
+def test_without_an_answer_there_is_nothing_to_say(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl")
+    source = load_prompts(DataSettings(path=path, holdout=0.0), seed=0)
+    assert source.feedback(source.example(0), "7") is None

@@ -54,6 +54,27 @@ def test_checker_wants_the_sum_after_the_colon(text: str) -> None:
     assert task.reward(example, "anything:932") == 1.0
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("12,13,09:932", None),
+        ("anything:932", None),
+        ("11,13,09:931", "-1"),
+        ("12,03,09:832", "-2"),
+        ("12,13,08:832", "-3"),
+        ("12,13,09:933", "-4"),
+        ("12,13,09:932:", "-4"),
+        ("12", "-2"),
+        ("", "-1"),
+    ],
+)
+def test_feedback_names_the_first_wrong_part_in_the_tasks_own_characters(text: str, said: str | None) -> None:
+    task = Addition()
+    feedback = task.feedback(task.example((347 - 100) * 900 + (585 - 100)), text)
+    assert feedback == said
+    assert feedback is None or set(feedback) <= set(CHARACTERS)
+
+
 def test_a_tenth_is_held_out_and_both_orders_of_a_pair_together() -> None:
     task = Addition()
     held_out = task.held_out()
