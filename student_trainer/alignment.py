@@ -7,7 +7,7 @@ import math
 import torch
 from tutelage_client.errors import TutelageError
 
-from student_trainer.learner import StepResult
+from student_trainer.step_result import StepResult
 
 # Nats, mean over tokens. Rounding gives 1e-5 in float32 and some 1e-2 in bfloat16; an off-by-one about 10.
 MAX_MEAN_DIFFERENCE = 0.5
@@ -27,7 +27,8 @@ def check_alignment(result: StepResult, version: int) -> float | None:
         TutelageError: INTERNAL when they disagree by more than rounding can explain.
     """
     differences: list[torch.Tensor] = []
-    for micro_batch, traces in zip(result.micro_batches, result.per_token, strict=True):
+    first = slice(result.unmoved)  # later updates of the step meet weights that have moved
+    for micro_batch, traces in zip(result.micro_batches[first], result.per_token[first], strict=True):
         student = traces["student_logprob"].cpu()
         behaviour = micro_batch.tokens.behaviour_logprobs
         same = torch.cat(

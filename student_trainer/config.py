@@ -147,6 +147,12 @@ class TrainingSettings(_Section):
 
     steps: int = Field(ge=1, description="optimizer steps of the whole run")
     prompts_per_step: int = Field(128, ge=1, description="groups of one step")
+    updates_per_step: int = Field(
+        1,
+        ge=1,
+        description="optimizer updates of one step, each on an equal part of its groups; p_old is "
+        "the student's as the step begins",
+    )
     learning_rate: float = Field(1e-5, gt=0.0, description="peak learning rate")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "linear", description="after warm-up: constant, or a linear or cosine decay to 10% of the peak"
@@ -191,6 +197,15 @@ class TrainingSettings(_Section):
         description='where metrics go besides the console and metrics.jsonl: "tensorboard", '
         '"wandb", "trackio"',
     )
+
+    @model_validator(mode="after")
+    def _a_group_for_every_update(self) -> Self:
+        if self.updates_per_step > self.prompts_per_step:
+            raise ValueError(
+                f"updates_per_step: got {self.updates_per_step}, each needs a group of its own; allowed: at "
+                f"most prompts_per_step = {self.prompts_per_step}"
+            )
+        return self
 
     @field_validator("betas")
     @classmethod

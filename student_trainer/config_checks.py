@@ -45,12 +45,11 @@ def _check_objective(config: RunConfig) -> Plan:
             'objective.support: "full" needs student and teacher in one process; this trainer scores '
             'through the queue, where a top-k support with tail = "bucket" and a large k comes close'
         )
-    for key, wanted in (("tokens.marked_only", plan.tokens.marked_only), ("gate", plan.gate is not None)):
-        if wanted:
-            raise ValueError(
-                f"objective.{key}: is set, but this trainer neither marks positions nor keeps a gate; "
-                "it serves callers of objective_loss"
-            )
+    if plan.tokens.marked_only:
+        raise ValueError(
+            "objective.tokens.marked_only: is set, but this trainer marks no positions; it serves callers of "
+            "objective_loss"
+        )
     if not config.teachers and set(plan.scoring_teachers) - set(plan.implied_teachers):
         raise ValueError("[teachers.NAME]: the objective needs a teacher, and the run file has none")
     if plan.routes and config.data.tag_field is None:

@@ -33,7 +33,12 @@ def follow(learner: Learner, ranks: Ranks) -> bool:
             case "beat":
                 ranks.collect(b"stop" if signals else b"")
             case "step":
-                learner.assist(told["step"], traces=told["traces"])
+                learner.assist(
+                    told["step"],
+                    traces=told["traces"],
+                    updates=told["updates"],
+                    distill_open=told["distill_open"],
+                )
             case "load":
                 learner.load(Checkpoint.read(Path(told["path"])))
             case "save":

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import structlog
@@ -35,38 +34,11 @@ from student_trainer.objective_pass import ObjectivePass
 from student_trainer.optimizer import build_optimizer, learning_rate, optimizer_tensors, set_learning_rate
 from student_trainer.ranks import ALONE, Ranks
 from student_trainer.sharding import check_positions, shard
+from student_trainer.step_result import Refusal, StepResult, Update, step_result
 from student_trainer.student import Student
 from student_trainer.verify import TrainingGroup
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Why a step left weights and optimizer as they were.
-
-    `diverged` tells numbers that are not finite from a step that had nothing to train on.
-    """
-
-    reason: str
-    diverged: bool
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What a step did.
-
-    `sums` are the objective's sums over trained positions (see LossOutput). `refused` is None when
-    the weights were updated. Where the student has diverged, loss and norm are NaN.
-    """
-
-    loss: float
-    gradient_norm: float
-    learning_rate: float
-    sums: dict[str, float]
-    micro_batches: tuple[MicroBatch, ...]
-    per_token: tuple[dict[str, Tensor], ...]  # one per micro-batch when traces were asked for
-    refused: Refusal | None
 
 
 class Learner:
@@ -85,43 +57,44 @@ class Learner:
         self._parameters = student.trained()
         self._optimizer = build_optimizer(self._parameters, settings)
 
-    def step(self, groups: Sequence[TrainingGroup], step: int, *, traces: bool = False) -> StepResult:
+    def step(
+        self,
+        groups: Sequence[TrainingGroup],
+        step: int,
+        *,
+        traces: bool = False,
+        distill_open: bool | None = None,
+    ) -> StepResult:
         """Train on `groups` as 0-based `step`; traces keep per-token values for the report.
 
-        On rank 0; the others `assist`.
-        """
-        world = self._ranks.world
-        micro_batches = pack_step(groups, self.plan, self._settings.micro_batch_tokens, shares=world)
-        shares = deal(micro_batches, world)
-        self._ranks.tell("step", step=step, traces=traces)
-        own, norm = self._train(self._hand_out(micro_batches, shares), traces)
-        outcomes = self._in_order(own, shares)
-        refused = _refusal(outcomes, norm)
-        self._update(self._ranks.agree(refused is None), step)
-        whole = [outcome for outcome in outcomes if outcome.diverged is None]
-        complete = len(whole) == len(outcomes)
-        sums: Counter[str] = Counter()
-        for outcome in whole:
-            sums.update(outcome.sums)
-        return StepResult(
-            loss=math.fsum(outcome.loss for outcome in whole) if complete else math.nan,
-            gradient_norm=norm if complete else math.nan,
-            learning_rate=learning_rate(self._settings, step),
-            sums=dict(sums),
-            micro_batches=tuple(micro_batches),
-            per_token=tuple(outcome.per_token for outcome in whole),
-            refused=refused,
-        )
+        On rank 0; the others `assist`. Several updates each train on an equal part of the groups.
 
-    def assist(self, step: int, *, traces: bool) -> None:
+        Args:
+            distill_open: state of the plan's gate; None without one.
+        """
+        packed = self._pack(groups)
+        shares = [deal(micro_batches, self._ranks.world) for micro_batches in packed]
+        self._ranks.tell("step", step=step, traces=traces, updates=len(packed), distill_open=distill_open)
+        own = [self._hand_out(*update) for update in zip(packed, shares, strict=True)]
+        updates = []
+        for share, numbers in zip(self._with_old(own), shares, strict=True):
+            found, norm = self._train(share, traces, distill_open)
+            outcomes = self._in_order(found, numbers)
+            refused = _refusal(outcomes, norm)
+            self._update(self._ranks.agree(refused is None), step)
+            updates.append(Update(tuple(outcomes), norm, refused))
+        return step_result(updates, packed, learning_rate(self._settings, step))
+
+    def assist(self, step: int, *, traces: bool, updates: int, distill_open: bool | None) -> None:
         """The same step on another rank: the share of it that rank 0 hands out."""
-        share = decode_micro_batches(self._ranks.receive())
+        shares = [decode_micro_batches(self._ranks.receive()) for _ in range(updates)]
         # Rank 0 draws from the state that checkpoints keep; the others' draws follow from the step.
         seed = hashlib.sha256(f"{self._seed} {self._ranks.rank} {step}".encode()).digest()
         torch.manual_seed(int.from_bytes(seed[:8]) >> 1)
-        outcomes, _ = self._train(share, traces)
-        self._ranks.collect(encode_outcomes(outcomes))
-        self._update(self._ranks.agree(False), step)
+        for share in self._with_old(shares):
+            outcomes, _ = self._train(share, traces, distill_open)
+            self._ranks.collect(encode_outcomes(outcomes))
+            self._update(self._ranks.agree(False), step)
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Put weights, optimizer and random state where `checkpoint` left them; on every rank.
@@ -175,7 +148,41 @@ class Learner:
         self._ranks.hand_out([encode_micro_batches(share) for share in filled[1:]])
         return filled[0]
 
-    def _train(self, share: Sequence[MicroBatch], traces: bool) -> tuple[list[Outcome], float]:
+    def _pack(self, groups: Sequence[TrainingGroup]) -> list[list[MicroBatch]]:
+        """Micro-batches of every update, in order; one update without any where nothing can be trained on."""
+        count, budget = self._settings.updates_per_step, self._settings.micro_batch_tokens
+        parts = [groups[len(groups) * i // count : len(groups) * (i + 1) // count] for i in range(count)]
+        packed = [pack_step(part, self.plan, budget, shares=self._ranks.world) for part in parts if part]
+        return [micro_batches for micro_batches in packed if micro_batches] or [[]]
+
+    def _with_old(self, shares: list[list[MicroBatch]]) -> list[list[MicroBatch]]:
+        """The same with log p_old: of a single update it is the student's own of that very pass."""
+        if len(shares) < 2 or not self.plan.uses_old:
+            return shares
+        device = self.student.device
+        drawing = [module for module in self._pass.modules() if module.training]
+        self._pass.eval()
+        with torch.no_grad(), tracing.span("old_logprobs"):
+            found = [
+                [
+                    self._pass(batch.layout.to(device), batch.tokens.to(device), self.plan, task="old").old
+                    for batch in share
+                ]
+                for share in shares
+            ]
+        for module in drawing:
+            module.training = True
+        return [
+            [
+                replace(batch, tokens=replace(batch.tokens, old_logprobs=None if old is None else old.cpu()))
+                for batch, old in zip(share, olds, strict=True)
+            ]
+            for share, olds in zip(shares, found, strict=True)
+        ]
+
+    def _train(
+        self, share: Sequence[MicroBatch], traces: bool, distill_open: bool | None
+    ) -> tuple[list[Outcome], float]:
         """Gradients of a share, clipped by the norm over all ranks; outcomes and that norm.
 
         One process stops where the student has diverged; of several each makes every pass.
@@ -183,17 +190,21 @@ class Learner:
         outcomes: list[Outcome] = []
         with tracing.span("forward_backward", attributes={"tutelage.micro_batches": len(share)}):
             for micro_batch in share:
-                outcomes.append(self._backward(micro_batch, traces))
+                outcomes.append(self._backward(micro_batch, traces, distill_open))
                 if outcomes[-1].diverged and self._ranks.alone:
                     return outcomes, math.nan
             return outcomes, self._clip()
 
-    def _backward(self, micro_batch: MicroBatch, traces: bool) -> Outcome:
+    def _backward(self, micro_batch: MicroBatch, traces: bool, distill_open: bool | None) -> Outcome:
         device = self.student.device
         if not self._ranks.alone:
             check_positions(self.student.model, micro_batch.layout.max_position)
         passed = self._pass(
-            micro_batch.layout.to(device), micro_batch.tokens.to(device), self.plan, per_token=traces
+            micro_batch.layout.to(device),
+            micro_batch.tokens.to(device),
+            self.plan,
+            per_token=traces,
+            distill_open=distill_open,
         )
         if passed.diverged is None or not self._ranks.alone:
             passed.loss.backward()

@@ -47,6 +47,7 @@ class Ledger:
     pending_evaluations: list[int] = field(default_factory=list)
     tokens_sampled: int = 0
     tokens_scored: int = 0
+    gate: dict[str, Any] = field(default_factory=dict)  # HysteresisGate.state of the plan's gate
     seconds: float = 0.0  # time spent training, over every process that worked on the run
 
     def knows(self, index: int) -> bool:

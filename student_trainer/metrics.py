@@ -18,11 +18,14 @@ import structlog
 from services import strict_json
 from student_trainer.config import RunConfig
 from student_trainer.evaluations import Evaluation
-from student_trainer.learner import StepResult
 from student_trainer.ledger import Ledger
+from student_trainer.step_result import StepResult
 from student_trainer.verify import TrainingGroup
 
 log = structlog.get_logger(__name__)
+
+
+COUNTED = ("positions", "gated_reward")
 
 
 class Tracker(Protocol):
@@ -44,13 +47,12 @@ def step_record(
     """
     positions = max(1.0, result.sums.get("positions", 0.0))
     sums = dict(result.sums)
-    counts = {
-        name: sums.pop(name) for name in list(sums) if name.startswith("dropped_") or name == "positions"
-    }
-    monitored = sums.pop("monitored", 0.0)
+    counts = {name: sums.pop(name) for name in list(sums) if name.startswith("dropped_") or name in COUNTED}
+    monitored, known = sums.pop("monitored", 0.0), sums.pop("entropy_known", 0.0)
     record: dict[str, float] = {"step": ledger.step, "policy_version": ledger.step, "loss": result.loss}
     for name, total in sums.items():
         share = monitored if name in ("sampled_kl", "teacher_logprob") else positions
+        share = known if name == "teacher_entropy" else share
         if share:
             record[name] = total / share
     on_policy = all(group.sampled_by == "student" for group in groups)
@@ -76,6 +78,8 @@ def step_record(
         "tokens_scored": ledger.tokens_scored,
         "refused_steps": ledger.refused_steps,
     }
+    if ledger.gate:
+        record["gate_open"] = float(ledger.gate["open"])  # for the next step
     score_seconds = sum(group.score_seconds for group in groups)
     if score_seconds > 0.0:
         record["scored_tokens_per_second"] = sum(group.num_scores for group in groups) / score_seconds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from services.models.head import head_of
 from services.models.packed import PackedLayout, hidden_states
 from student_trainer.objective.batch import TokenBatch
 from student_trainer.objective.compile import Plan
-from student_trainer.objective.loss import LossOutput, NonFiniteStudentError, objective_loss
+from student_trainer.objective.loss import LossOutput, NonFiniteStudentError, objective_loss, student_logprobs
 from student_trainer.student import Student
 
 
@@ -22,6 +23,7 @@ class PassOutput:
     loss: Tensor
     output: LossOutput | None
     diverged: str | None = None
+    old: Tensor | None = None  # f64 [T], of task "old", NaN where not trained on; None of a diverged student
 
 
 class ObjectivePass(nn.Module):
@@ -33,20 +35,34 @@ class ObjectivePass(nn.Module):
         self._dtype = student.dtype
 
     def forward(
-        self, layout: PackedLayout, tokens: TokenBatch, plan: Plan, *, per_token: bool = False
+        self,
+        layout: PackedLayout,
+        tokens: TokenBatch,
+        plan: Plan,
+        *,
+        task: Literal["loss", "old"] = "loss",
+        per_token: bool = False,
+        distill_open: bool | None = None,
     ) -> PassOutput:
         """Loss of a micro-batch whose tensors are on the student's device.
 
-        A student that has diverged gets a loss of zero that still depends on every weight, so that
-        a rank which must take part in the backward pass can.
+        Task "old" answers with the sampled tokens' log-probabilities alone. A student that has diverged
+        gets a loss of zero that still depends on every weight, so that a rank which must take part in the
+        backward pass can.
         """
         device = layout.input_ids.device
         with torch.autocast(device.type, self._dtype, enabled=self._dtype != torch.float32):
             hidden = hidden_states(self.model, layout)
         head = head_of(self.model)
+        scored = hidden[layout.score_rows]
         try:
+            if task == "old":
+                old = student_logprobs(
+                    scored, head.weight, head.bias, tokens, plan, softcap=head.softcap, scale=head.scale
+                )
+                return PassOutput(old.sum(), None, old=old)
             output = objective_loss(
-                hidden[layout.score_rows],
+                scored,
                 head.weight,
                 head.bias,
                 tokens,
@@ -54,6 +70,7 @@ class ObjectivePass(nn.Module):
                 softcap=head.softcap,
                 scale=head.scale,
                 per_token=per_token,
+                distill_open=distill_open,
             )
         except NonFiniteStudentError as error:
             return PassOutput(0.0 * (hidden.sum() + head.weight.sum()), None, str(error))

@@ -49,7 +49,7 @@ class Ranks:
     def alone(self) -> bool:
         return self.world == 1
 
-    def tell(self, do: str, **details: str | int | bool) -> None:
+    def tell(self, do: str, **details: str | int | bool | None) -> None:
         """Leader: have the other ranks do the same. Nothing on the others, which do it because they heard."""
         if self.leads and not self.alone:
             self._broadcast(json.dumps({"do": do, **details}).encode())

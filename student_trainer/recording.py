@@ -12,11 +12,11 @@ import structlog
 from services.queue import Queue
 from student_trainer.config import RunConfig
 from student_trainer.evaluations import Evaluation
-from student_trainer.learner import StepResult
 from student_trainer.ledger import DropReason, Ledger
 from student_trainer.metrics import MetricsFile, Tracker, evaluation_record
 from student_trainer.samples import discard_samples_above, write_samples
 from student_trainer.status import StatusServer
+from student_trainer.step_result import StepResult
 
 log = structlog.get_logger(__name__)
 

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from tutelage_client.types import PAD_ID, SequenceScore
 
 from student_trainer.batch import Member
-from student_trainer.learner import StepResult
+from student_trainer.step_result import StepResult
 from student_trainer.verify import TrainingRollout
 
 ALTERNATIVES = 5

@@ -19,13 +19,15 @@ from student_trainer.collect import Collector
 from student_trainer.config import RunConfig
 from student_trainer.durable import atomic_directory
 from student_trainer.evaluations import Evaluations
-from student_trainer.learner import Learner, StepResult
+from student_trainer.learner import Learner
 from student_trainer.ledger import Ledger
 from student_trainer.metrics import SamplingRates, step_record
+from student_trainer.objective.weights import HysteresisGate
 from student_trainer.pacing import Pacer
 from student_trainer.policy_store import PolicyStore
 from student_trainer.recording import Recorder
 from student_trainer.spans import record_trained
+from student_trainer.step_result import StepResult
 from student_trainer.verify import TrainingGroup
 from student_trainer.waiting import Watch
 
@@ -135,7 +137,15 @@ class Trainer:
         every = settings.sample_every
         sampled = every > 0 and (ledger.step == 0 or (ledger.step + 1) % every == 0)
         began_ns = time.time_ns()
-        result = parts.learner.step(groups, ledger.step, traces=sampled or comparable)
+        gate = self._gate()
+        result = parts.learner.step(
+            groups,
+            ledger.step,
+            traces=sampled or comparable,
+            distill_open=None if gate is None else gate.open,
+        )
+        if gate is not None:
+            ledger.gate = gate.after(result.mean_entropy(gate.settings.entropy_of)).state
         if comparable and result.refused is None:
             check_alignment(result, ledger.step)
             self._alignment_checked = True
@@ -150,6 +160,11 @@ class Trainer:
         if sampled:
             parts.recorder.samples(ledger.step, result)
         return result
+
+    def _gate(self) -> HysteresisGate | None:
+        """The plan's gate as the steps so far have left it; None without one."""
+        settings = self._parts.learner.plan.gate
+        return None if settings is None else HysteresisGate(settings, **self._ledger.gate)
 
     async def _record(
         self, groups: list[TrainingGroup], result: StepResult, collected: float, trained: float

@@ -70,15 +70,8 @@ def objective_loss(
         raise ValueError(f"distill_open: got {distill_open}, allowed: true or false with a gate, else none")
     head = Head(head_weight.detach(), None if head_bias is None else head_bias.detach(), softcap, scale)
     student = HeadPass(head, plan.temperature, dtype)
-    tile_columns = CPU_TILE_COLUMNS if hidden.device.type == "cpu" else GPU_TILE_COLUMNS
     if plan.log_ratio == "student" and batch.old_logprobs is None:
-        check_ids("batch.sampled_ids", batch.sampled_ids, len(head_weight))
-        with torch.no_grad():
-            own = sampled_logprobs(
-                student, hidden.detach(), batch.sampled_ids, batch.mask.nonzero().squeeze(1),
-                chunk_rows=chunk_rows, tile_columns=tile_columns,
-            )  # fmt: skip
-        batch = replace(batch, old_logprobs=own)
+        batch = replace(batch, old_logprobs=_own_logprobs(student, hidden, batch, chunk_rows))
     rows = select_rows(batch, plan, len(head_weight), distill_open=distill_open is not False)
     rows.traces = {} if per_token else None
     job = ChunkedLoss(
@@ -86,7 +79,7 @@ def objective_loss(
         student=student,
         teachers=_teachers(plan, hidden, head_weight, teacher_hidden, teacher_head),
         chunk_rows=chunk_rows,
-        tile_columns=tile_columns,
+        tile_columns=_tile_columns(hidden),
     )
     if plan.tokens.top_fraction is not None:
         with torch.no_grad():
@@ -94,6 +87,42 @@ def objective_loss(
         job = replace(job, rows=rows)
     loss: Tensor = FusedHeadLoss.apply(hidden, head_weight, head_bias, job)  # type: ignore[no-untyped-call]
     return LossOutput(loss=loss, metrics=_metrics(rows), per_token=_per_token(rows, len(hidden)))
+
+
+def student_logprobs(
+    hidden: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+    batch: TokenBatch,
+    plan: Plan,
+    *,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    chunk_rows: int = CHUNK_ROWS,
+) -> Tensor:
+    """log p of the sampled tokens at the plan's temperature, f64 [T], NaN where the mask is closed.
+
+    Raises:
+        NonFiniteStudentError: the student has diverged.
+    """
+    _check_shapes(hidden, head_weight, batch, chunk_rows)
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    head = Head(head_weight.detach(), None if head_bias is None else head_bias.detach(), softcap, scale)
+    return _own_logprobs(HeadPass(head, plan.temperature, dtype), hidden, batch, chunk_rows)
+
+
+def _own_logprobs(student: HeadPass, hidden: Tensor, batch: TokenBatch, chunk_rows: int) -> Tensor:
+    check_ids("batch.sampled_ids", batch.sampled_ids, len(student.head.weight))
+    index = batch.mask.nonzero().squeeze(1)
+    with torch.no_grad():
+        return sampled_logprobs(
+            student, hidden.detach(), batch.sampled_ids, index,
+            chunk_rows=chunk_rows, tile_columns=_tile_columns(hidden),
+        )  # fmt: skip
+
+
+def _tile_columns(hidden: Tensor) -> int:
+    return CPU_TILE_COLUMNS if hidden.device.type == "cpu" else GPU_TILE_COLUMNS
 
 
 def _check_shapes(hidden: Tensor, head_weight: Tensor, batch: TokenBatch, chunk_rows: int) -> None:

@@ -13,6 +13,7 @@ from student_trainer.objective.settings import (
     Divergence,
     Estimator,
     GateSettings,
+    LogRatio,
     MissingContext,
     MissingView,
     Mix,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -135,6 +136,11 @@ class HysteresisGate:
     open: bool = False
     warmed: int = 0
     level: float = 0.0
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """Everything but the settings, as JSON can say it: HysteresisGate(settings, **state) is the gate."""
+        return {"open": self.open, "warmed": self.warmed, "level": self.level}
 
     def after(self, entropy: float) -> HysteresisGate:
         """The gate once a step's mean entropy (nats) is known; NaN changes nothing."""

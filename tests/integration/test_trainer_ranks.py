@@ -33,6 +33,17 @@ JOBS = [
     Job("reward", objective={"preset": "grpo"}),
     Job("many uneven micro-batches", micro_batch_tokens=20, groups=3, lengths=(2, 9, 5)),
     Job("a rank without rows", groups=1, lengths=(7,)),
+    Job(
+        "several updates, a gate",
+        objective={
+            "mix": "add",
+            "gate": {},
+            "correction": {"kind": "ppo"},
+            "weights": {"rollout_cap": 5.0},
+        },
+        updates=3,
+        distill_open=True,
+    ),
 ]
 REFUSED = [
     *(Job(f"diverged on rank {i % 2}, group {i}", poisoned=i, groups=2) for i in (0, 1)),

@@ -18,10 +18,11 @@ from transformers import AutoModelForCausalLM
 from student_trainer.checkpoint import Checkpoint, CheckpointStore
 from student_trainer.config import LoraSettings, StudentSettings, TrainingSettings
 from student_trainer.follower import follow
-from student_trainer.learner import Learner, StepResult
+from student_trainer.learner import Learner
 from student_trainer.ledger import Ledger
 from student_trainer.objective.compile import Plan
 from student_trainer.ranks import Ranks, join
+from student_trainer.step_result import StepResult
 from student_trainer.student import load_student
 from student_trainer.verify import TrainingGroup, verify_group
 from support.tiny_models import tiny_config
@@ -44,6 +45,8 @@ class Job:
     groups: int = 5
     lengths: tuple[int, ...] = (3, 5)
     micro_batch_tokens: int = 64
+    updates: int = 1
+    distill_open: bool | None = None
     poisoned: int | None = None  # in step 1, this group meets a token whose embedding is infinite
     infinite_rank: int | None = None  # in step 1, this rank's gradients are infinite
     checkpoint: Path | None = None
@@ -78,7 +81,7 @@ def run_job(job: Job, models: Path, out: Path, ranks: Ranks) -> None:
     plan = learner.plan
     figures = []
     for step in range(job.first, job.first + job.steps):
-        result = learner.step(_groups(job, plan, step), step, traces=True)
+        result = learner.step(_groups(job, plan, step), step, traces=True, distill_open=job.distill_open)
         figures.append(_figures(result))
         if traces := {str(i): part["student_logprob"] for i, part in enumerate(result.per_token)}:
             save_file(traces, out / f"trace-{step}.safetensors")
@@ -190,6 +193,7 @@ def _learner(job: Job, models: Path, ranks: Ranks) -> Learner:
             "weight_decay": 0.1,
             "epsilon": 1e-3,  # or AdamW would make large updates of gradients that are rounding alone
             "micro_batch_tokens": job.micro_batch_tokens,
+            "updates_per_step": job.updates,
         }
     )
     return Learner(student, make_plan(**job.objective), settings, ranks)

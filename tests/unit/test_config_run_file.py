@@ -103,6 +103,16 @@ def test_every_problem_is_listed(tmp_path: Path) -> None:
         ('preset = "thinking-machines"', 'preset = "grpo"', "samples_per_prompt"),
         ('preset = "thinking-machines"', "tokens.marked_only = true", "objective.tokens.marked_only"),
         ('preset = "thinking-machines"', 'support = "full"\nestimator = "pathwise"', "one process"),
+        (
+            "steps = 10",
+            "steps = 10\nprompts_per_step = 3\nupdates_per_step = 4",
+            "at most prompts_per_step = 3",
+        ),
+        (
+            'task = "addition"\n\n[objective]\npreset = "thinking-machines"',
+            "path = 'x.jsonl'\n\n[objective]\ntokens.reward_above = 0.5",
+            "objective.tokens: a reward gate is set; a reward needs answers to check",
+        ),
         ('[teachers.large]\nmodel = "models/teacher"', "", "none"),
         ('model = "models/teacher"', "", "[teachers.large]"),
         ("[teachers.large]", '[teachers."a b"]', "'a b'"),

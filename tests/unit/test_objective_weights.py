@@ -11,6 +11,7 @@ import torch
 from support.tabular import V, make_plan, random_logits
 from torch import Tensor
 
+from student_trainer.ledger import Ledger
 from student_trainer.objective.compile import Plan
 from student_trainer.objective.loss import LossOutput, TokenBatch, ViewTensors, objective_loss
 from student_trainer.objective.settings import GateSettings
@@ -279,6 +280,8 @@ def test_gate_without_a_level_takes_it_from_its_first_steps() -> None:
     for entropy in (1.0, 1.2, math.nan, 0.8, 1.1, 0.9, 0.94, 0.92, 0.99, 1.0):
         gate = gate.after(entropy)
         seen.append(gate.open)
+        saved = Ledger.from_json(Ledger(settings={}, gate=gate.state).to_json())
+        assert HysteresisGate(GateSettings(), **saved.gate) == gate
     assert gate.level == pytest.approx(1.0)
     assert seen == [False] * 5 + [True, True, False, False, True]
     with pytest.raises(ValueError, match="warmup_steps: set beside entropy_on"):

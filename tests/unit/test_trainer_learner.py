@@ -111,6 +111,74 @@ def test_adapters_learn_and_the_weights_below_them_do_not_move(model: Path, tmp_
         torch.testing.assert_close(adapted(ids).logits, exported(ids).logits, rtol=0, atol=1e-4)
 
 
+def test_every_update_of_a_step_trains_its_own_groups(model: Path) -> None:
+    whole, halves = make_learner(model, updates_per_step=2), make_learner(model)
+    groups = groups_of(0)
+    result = whole.step(groups, 0)
+    parts = [halves.step(part, 0) for part in (groups[:2], groups[2:])]
+    assert result.loss == pytest.approx(sum(part.loss for part in parts) / 2)
+    assert result.gradient_norm == max(part.gradient_norm for part in parts)
+    assert result.sums["positions"] == sum(part.sums["positions"] for part in parts)
+    for (name, one), (_, other) in zip(whole.student.trained(), halves.student.trained(), strict=True):
+        assert torch.equal(one, other), name
+    uneven = make_learner(model, updates_per_step=3).step(groups_of(0), 0, traces=True)
+    assert [len(batch.members) for batch in uneven.micro_batches[: uneven.unmoved]] == [2]
+    assert sum(len(batch.members) for batch in uneven.micro_batches) == 8
+
+
+@pytest.mark.parametrize("lora", [None, LoraSettings(rank=4, dropout=0.5)], ids=["full", "dropout"])
+def test_later_updates_are_compared_with_the_student_as_the_step_began(
+    model: Path, lora: LoraSettings | None
+) -> None:
+    plan = make_plan(correction={"kind": "importance"}, weights={"rollout_cap": 1e9})
+    learner = make_learner(
+        model, plan, lora=lora, updates_per_step=2, learning_rate=1.0, micro_batch_tokens=999
+    )
+    training = [module.training for module in learner.student.model.modules()]
+    groups = groups_of(0, plan)
+    old = [start_logprobs(learner.student, group) for group in groups]
+    result = learner.step(groups, 5, traces=True)
+    assert [module.training for module in learner.student.model.modules()] == training
+    for part, (batch, traces) in enumerate(zip(result.micro_batches, result.per_token, strict=True)):
+        began = torch.cat(old[2 * part : 2 * part + 2])
+        weight = (began - batch.tokens.behaviour_logprobs).exp()
+        torch.testing.assert_close(traces["rollout_weight"], weight)
+        if lora is None:  # dropout draws anew in the pass that is trained
+            ratio = (traces["student_logprob"] - began).exp()
+            torch.testing.assert_close(traces["ratio"], ratio)
+            assert bool((ratio - 1).abs().max() > 1e-3) == (part == 1)
+
+
+def start_logprobs(student: Student, group: TrainingGroup) -> torch.Tensor:
+    """log p of a group's response tokens, without dropout: an untrained adapter changes nothing."""
+    responses = [rollout.response_ids for rollout in group.rollouts]
+    layout = build_layout([group.prompt_ids], [(0, ids) for ids in responses])
+    with torch.no_grad():
+        rows = hidden_states(student.model, layout)[layout.score_rows]
+        logp = head_of(student.model).logits(rows).log_softmax(-1)
+    return logp.gather(1, torch.from_numpy(np.concatenate(responses)).long()[:, None])[:, 0]
+
+
+def test_an_update_that_diverges_is_refused_alone(model: Path) -> None:
+    learner = make_learner(model, updates_per_step=2)
+    _, parameter = learner.student.trained()[0]
+    passes = 0
+
+    def spoil(gradient: torch.Tensor) -> torch.Tensor:
+        nonlocal passes
+        passes += 1
+        return gradient * math.inf if passes == 1 else gradient
+
+    parameter.register_hook(spoil)
+    only = make_learner(model, updates_per_step=1)
+    groups = groups_of(0)
+    result = learner.step(groups, 0)
+    assert result.refused is not None
+    assert result.refused.diverged
+    only.step(groups[2:], 0)
+    assert torch.equal(parameter, only.student.trained()[0][1])
+
+
 def test_export_is_loaded_by_transformers_with_the_trained_weights(model: Path, tmp_path: Path) -> None:
     learner = make_learner(model)
     learner.step(groups_of(0), 0)
