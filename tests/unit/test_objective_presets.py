@@ -1,123 +1,131 @@
-"""Every preset equals its published formula, written out here in plain torch."""
+"""Every preset equals its published formula, written out in plain torch, and asks for what it needs."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from support.tabular import V, random_logits
-from torch import Tensor
+from support import preset_formulas, self_distillation_formulas
+from support.preset_problem import plan_of, required, trained, written_out
+from tutelage_client.types import Signal
 
 from student_trainer.objective import presets
-from student_trainer.objective.compile import compile_plan
-from student_trainer.objective.loss import TokenBatch, ViewTensors, objective_loss
+from student_trainer.objective.compile import Plan, compile_plan
 from student_trainer.objective.settings import ObjectiveSettings
 
-LENGTHS = torch.tensor([12, 18])
-T = int(LENGTHS.sum())
-K = 4
-LOGITS = random_logits(T, 1)
-LOG_P = LOGITS.log_softmax(-1)
-LOG_Q, LOG_REFERENCE = (random_logits(T, seed).log_softmax(-1) for seed in (2, 3))
-SAMPLED = torch.randint(V, (T,), generator=torch.Generator().manual_seed(4))
-REWARD = torch.where(torch.arange(T) < 12, 1.0, -0.5).double()
-
-
-def at_sampled(values: Tensor) -> Tensor:
-    return values.gather(1, SAMPLED[:, None])[:, 0]
-
-
-LOG_MU = at_sampled(LOG_P) + 0.8 * random_logits(1, 5, T)[0]
-LOG_U = at_sampled(LOG_Q) - LOG_MU
-Loss = Callable[[Tensor], Tensor]
-
-
-def importance(advantage: Tensor) -> Loss:
-    return lambda log_p: -(at_sampled(log_p) - LOG_MU).exp() * advantage
-
-
-def ppo(advantage: Tensor, log_old: Tensor, dual: float) -> Loss:
-    def loss(log_p: Tensor) -> Tensor:
-        ratio = (at_sampled(log_p) - log_old).exp()
-        clipped = torch.maximum(-ratio * advantage, -ratio.clamp(0.8, 1.2) * advantage)
-        return torch.where(advantage < 0, torch.minimum(clipped, -dual * advantage), clipped)
-
-    return loss
-
-
-def on_policy_ppo(advantage: Tensor) -> Loss:
-    """One update per batch: p_old is the student as it is, and what is left of μ is the capped weight."""
-    log_old = at_sampled(LOG_P)
-    weight = (log_old - LOG_MU).exp().clamp(max=5.0)
-    return lambda log_p: weight * ppo(advantage, log_old, 3.0)(log_p)
-
-
-def gkd(log_p: Tensor) -> Tensor:
-    ids = LOG_Q.topk(K).indices
-    p, q = (x.gather(1, ids).exp() for x in (log_p, LOG_Q))
-    p, q = (torch.cat([x, 1 - x.sum(-1, keepdim=True)], dim=1) for x in (p, q))
-    m = (p + q) / 2
-    return 0.5 * (q * (q / m).log() + p * (p / m).log()).sum(-1)
-
-
-def many_faces(log_p: Tensor) -> Tensor:
-    s, t = (x.gather(1, LOG_P.topk(K).indices) for x in (log_p, LOG_Q))
-    return -(s.exp() * (t - s.detach())).sum(-1)
-
-
-def ta_opd(log_p: Tensor) -> Tensor:
-    s, t = (x.gather(1, LOG_P.topk(K).indices) for x in (log_p, LOG_Q))
-    score = (s.exp() * (s - t)).sum(-1).detach() * t.exp().sum(-1)
-    kept = torch.zeros(T, dtype=torch.float64)
-    kept[score.topk(math.ceil(0.05 * T)).indices] = 1
-    return kept * -(s.exp() * (t - s.detach())).sum(-1)
-
-
-def iw_weight() -> Tensor:
-    rows = []
-    for sizes in LOG_U.abs().split(LENGTHS.tolist()):
-        rows.append(1 + 0.5 * (1 - sizes.cumsum(0) / sizes.sum()))
-    return torch.cat(rows)
-
-
-EXTRAPOLATED = 1.25 * at_sampled(LOG_Q) - 0.25 * at_sampled(LOG_REFERENCE) - LOG_MU
-REFERENCES: dict[str, Loss] = {
-    "thinking-machines": importance(LOG_U),
-    "gkd": gkd,
-    "many-faces": many_faces,
-    "grpo": ppo(REWARD, LOG_MU, math.inf),
-    "opd-plus": importance(0.5 * ((1 + LOG_U.exp()) / 2).log()),
-    "g-opd": on_policy_ppo(LOG_U),
-    "exopd": on_policy_ppo(EXTRAPOLATED),
-    "ta-opd": ta_opd,
-    "iw-opd": importance(iw_weight() * LOG_U),
-}
+FORMULAS = preset_formulas.FORMULAS | self_distillation_formulas.FORMULAS
 
 
 @pytest.mark.parametrize("name", presets.names())
 def test_preset_is_its_formula(name: str) -> None:
-    row = {"preset": name}
+    loss, gradient = trained(plan_of(name))
+    expected, slope = written_out(FORMULAS[name])
+    assert slope.abs().max() > 1e-4
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient, slope)
+
+
+ASKED = {
+    "thinking-machines": {"teacher": "teacher: sampled"},
+    "qwen3-strong-to-weak": {"teacher": "teacher: candidates 64"},
+    "gkd": {"teacher": "teacher: top_k 64"},
+    "typhoon-s": {"teacher": "teacher: top_k 64"},
+    "many-faces": {"teacher": "teacher: candidates 32"},
+    "grpo": {},
+    "opd-plus": {"teacher": "teacher: sampled"},
+    "g-opd": {"teacher": "teacher: sampled"},
+    "exopd": {"expert": "expert: sampled", "reference": "reference: sampled"},
+    "ta-opd": {"teacher": "teacher: candidates 32"},
+    "iw-opd": {"teacher": "teacher: sampled"},
+    "mad-opd": {
+        "first": "first, told debate: top_k 64",
+        "second": "second, told debate: top_k 64",
+    },
+    "opsd": {"solution": "run.initial, told solution: top_k 64"},
+    "opsd-top50": {"solution": "run.initial, told solution: top_k 50"},
+    "opsd-sampled": {"solution": "run.initial, told solution: sampled"},
+    "opsd-ema": {"solution": "run.ema, told solution: top_k 64"},
+    "opsd-clip": {"solution": "run.initial, told solution: top_k 64"},
+    "rgsd": {"rubric": "run.initial, told rubric: top_k 128"},
+    "sdft-paper": {"demonstration": "run.ema, told demonstration: candidates 64"},
+    "sdft-tinker": {"demonstration": "run.initial, told demonstration: top_k 20"},
+    "sdft-trl": {"demonstration": "run.initial, told demonstration: candidates 100"},
+    "sdpo": {"hindsight": "run.ema, told success or feedback: candidates 100"},
+    "opcd": {"context": "run.initial, told context: candidates 256"},
+    "credit": {
+        "feedback": "run.ema, told feedback: sampled",
+        "elsewhere": "run.ema, told feedback other_prompt: sampled",
+    },
+    "purified-opsd": {
+        "base": "run.initial: candidates 64",
+        "solution": "run.initial, told solution: candidates 64",
+        "solution_alone": "run.initial, told solution: candidates 64",
+    },
+    "ar-opd": {
+        "hint": "run.initial, told hint: candidates 64",
+        "solution": "run.initial, told solution: candidates 64",
+    },
+    "msd": {"english": "run.initial, told english: candidates 64"},
+    "vpd": {"feedback": "run.live, told feedback or success: candidates 64"},
+}
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_preset_asks_each_view_for_what_its_loss_needs(name: str) -> None:
+    row = {"preset": name, "monitor": False, **required(name)}
     plan = compile_plan(ObjectiveSettings.model_validate(row), student_temperature=1.0)
-    if plan.k:
-        plan = compile_plan(ObjectiveSettings.model_validate({**row, "k": K}), student_temperature=1.0)
-    log_qs = dict(zip(plan.views, (LOG_Q, LOG_REFERENCE), strict=False))
-    ids = (LOG_Q if plan.support == "teacher_topk" else LOG_P).topk(K).indices
-    batch = TokenBatch(
-        sampled_ids=SAMPLED,
-        behaviour_logprobs=LOG_MU,
-        mask=torch.ones(T, dtype=torch.bool),
-        weight=torch.full((T,), 1 / T, dtype=torch.float64),
-        views={
-            view: ViewTensors(at_sampled(log_q), ids, log_q.gather(1, ids)) for view, log_q in log_qs.items()
-        },
-        reward_advantage=REWARD,
-        sequence_lengths=LENGTHS,
+    assert {view: _asked(plan, view, *asked) for view, asked in plan.view_requests.items()} == ASKED[name]
+
+
+def _asked(plan: Plan, view: str, teacher: str, signal: Signal) -> str:
+    """Of whom, what it is told beyond the prompt, and the signals, in words."""
+    told = " or ".join(
+        " ".join(sorted(template.fields - {"prompt"})) for template in plan.contexts.get(view, ())
     )
-    leaf, plain = LOGITS.clone().requires_grad_(), LOGITS.clone().requires_grad_()
-    objective_loss(leaf, torch.eye(V, dtype=torch.float64), None, batch, plan).loss.backward()
-    REFERENCES[name](plain.log_softmax(-1)).mean().backward()
-    assert plain.grad is not None
-    assert plain.grad.abs().max() > 1e-4
-    torch.testing.assert_close(leaf.grad, plain.grad)
+    signals = [name for name in ("sampled", "entropy") if getattr(signal, name)]
+    signals += [f"top_k {signal.top_k}"] if signal.top_k else []
+    signals += [f"candidates {plan.student_candidates}"] if signal.candidates else []
+    return f"{teacher or 'teacher'}{', told ' + told if told else ''}: {', '.join(signals)}"
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_only_a_view_that_may_go_without_its_context_leaves_responses_out(name: str) -> None:
+    plan = plan_of(name)
+    assert plan.tokens.marked_only <= any(missing == "same" for missing in plan.missing.values())
+
+
+def settings(**row: Any) -> ObjectiveSettings:
+    return presets.resolve(ObjectiveSettings.model_validate(row))
+
+
+def test_a_views_keys_are_laid_over_the_presets() -> None:
+    row = settings(preset="opsd", views={"solution": {"context": {"user": "{prompt} {solution}"}}})
+    view = row.views["solution"]
+    assert (view.weights, view.context.user) == ("initial", "{prompt} {solution}")
+    row = settings(preset="exopd", views={"expert": {"coefficient": 1.5}})
+    assert (row.views["expert"].weights, row.views["expert"].coefficient) == ("teacher:expert", 1.5)
+    assert row.views["reference"].coefficient == -0.25
+
+
+def test_a_route_takes_the_place_of_the_presets_weights() -> None:
+    row = settings(preset="gkd", views={"teacher": {"route": {"math": "a", "code": "b"}}})
+    assert row.views["teacher"].route == {"math": "a", "code": "b"}
+    assert "weights" not in row.views["teacher"].model_fields_set
+
+
+def test_views_of_other_names_take_the_place_of_all_of_the_presets() -> None:
+    row = settings(preset="exopd", views={"mine": {"weights": "teacher:big"}})
+    assert list(row.views) == ["mine"]
+
+
+def test_a_table_is_laid_over_key_by_key_but_a_correction_is_one_choice() -> None:
+    row = settings(preset="ta-opd", tokens={"skip_first_n": 2})
+    assert (row.tokens.top_fraction, row.tokens.skip_first_n) == (0.05, 2)
+    row = settings(preset="g-opd", correction={"kind": "importance"})
+    assert row.correction.model_dump() == {"kind": "importance", "cap": None}
+
+
+def test_unknown_key_inside_a_presets_view_is_refused() -> None:
+    with pytest.raises(ValueError, match="coeficient"):
+        settings(preset="opsd", views={"solution": {"coeficient": 2}})
