@@ -23,6 +23,15 @@ def teacher(
     model: Annotated[
         str | None, typer.Option(metavar="PATH_OR_ID", help="Local directory or hub id.", show_default=False)
     ] = None,
+    follow: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIRECTORY",
+            help="Instead of a model: weights that a trainer publishes here, always the newest or those that "
+            "a job pins. RUN_DIR/policy, RUN_DIR/ema or RUN_DIR/initial.",
+            show_default=False,
+        ),
+    ] = None,
     name: Annotated[str, typer.Option(help="The name callers ask for.")] = "teacher",
     engine: Annotated[
         str, typer.Option(help="transformers, vllm, or fake (no model, for tests).")
@@ -128,6 +137,8 @@ def teacher(
 
       tutelage teacher --model Qwen/Qwen3-32B --engine vllm --tensor-parallel-size 2 --kv-cache-dtype fp8
 
+      tutelage teacher --follow runs/run/ema --name run.ema --queue redis://10.0.0.5:6379
+
       tutelage teacher --engine fake --set fake.vocab_size=32
     """
     engine_args = _engine_args(context, engine)
@@ -139,6 +150,7 @@ def teacher(
             "name": name,
             "engine": engine,
             "model": model,
+            "follow": follow,
             "revision": revision,
             "dtype": dtype,
             "device": device,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
+from tutelage_client.types import Limits
 
 from services.api.metrics import Metrics
 from services.teacher.engine import Engine
 from services.teacher.settings import TeacherSettings
-
 
 # Settings of engines that change what a score costs and not what it is; any other is in the cache's keys.
 _CHANGE_NO_NUMBER: dict[str, set[str]] = {
@@ -48,8 +49,20 @@ def _variant(settings: TeacherSettings) -> dict[str, Any]:
 
 
 def build_engine(settings: TeacherSettings) -> Engine:
-    """The engine of `settings`, not started yet."""
+    """The engine of `settings`, not started yet; one that follows a channel where they say so."""
     limits = settings.limits.limits(settings.service.max_message_bytes)
+    if settings.follow is not None:
+        from services.models.channel import Channel
+        from services.teacher.following import FollowingEngine
+
+        def build(directory: Path) -> Engine:
+            return _engine(settings.model_copy(update={"model": str(directory)}), limits)
+
+        return FollowingEngine(Channel(settings.follow), build, limits)
+    return _engine(settings, limits)
+
+
+def _engine(settings: TeacherSettings, limits: Limits) -> Engine:
     if settings.engine == "fake":
         from services.teacher.engines.fake import FakeEngine
 

@@ -28,6 +28,7 @@ from services.exit_status import EXIT_FAILED, exit_status
 from services.logs import log_to_stderr
 from services.teacher.build import build_cached
 from services.teacher.engine import Engine
+from services.teacher.following import FollowingEngine
 from services.teacher.puller import Puller
 from services.teacher.settings import TeacherSettings
 
@@ -155,6 +156,7 @@ class Replica:
                 teacher=identity.name,
                 consumer=settings.consumer,
                 concurrency=settings.queue_concurrency,
+                following=self._engine if isinstance(self._engine, FollowingEngine) else None,
             )
             for identity in self._core.identities
         ]

@@ -1,7 +1,8 @@
 """Takes jobs from the queue and scores them through the same core as direct calls.
 
 A job ends in exactly one way: committed, failed (tried again, in the end a dead letter), buried
-(trying again cannot help) or handed back (draining). The queue's own thread keeps the leases.
+(trying again cannot help) or handed back (draining). The queue's own thread keeps the leases, also of
+jobs that wait for weights which their trainer has not published yet.
 """
 
 from __future__ import annotations
@@ -9,18 +10,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
 from functools import partial
 
 import structlog
 from tutelage_client import codec
 from tutelage_client.errors import TutelageError
-from tutelage_client.types import SequenceError
+from tutelage_client.types import Score, ScoreRequest, SequenceError
 
 from services import tracing
 from services.api.core import ScoringCore, spent
 from services.logs import about
 from services.queue import Failed, JobClaim, JobWorker, Queue, teacher_role
+from services.teacher.following import FollowingEngine
 from services.teacher.jobs import job_request
 from services.teacher.spans import record_wait, score_span
 
@@ -30,17 +33,37 @@ _BLOCK_MS = 1_000
 log = structlog.get_logger(__name__)
 
 
+class _DrainingError(Exception):
+    """Told to stop while the job waited for weights."""
+
+
 class Puller:
-    """Works on the jobs of one teacher until `stop`."""
+    """Works on the jobs of one teacher until `stop`.
+
+    Args:
+        concurrency: jobs that the core has at once.
+        following: the engine behind `core` where its weights change; a job then gets those it asks for.
+    """
 
     def __init__(
-        self, core: ScoringCore, queue: Queue, *, teacher: str, consumer: str, concurrency: int
+        self,
+        core: ScoringCore,
+        queue: Queue,
+        *,
+        teacher: str,
+        consumer: str,
+        concurrency: int,
+        following: FollowingEngine | None = None,
     ) -> None:
         self._core = core
         self._queue = queue
         self._teacher = teacher
         self._consumer = consumer
         self._concurrency = concurrency
+        self._following = following
+        self._slots = asyncio.Semaphore(concurrency)
+        self._waiting = 0  # jobs that want weights which are not there yet; they keep nobody from working
+        self._begins_to_wait = asyncio.Event()
         self._running: dict[asyncio.Task[None], JobClaim] = {}
         self._stopping = asyncio.Event()
         self._hurry = asyncio.Event()
@@ -63,9 +86,12 @@ class Puller:
         self._hurry.set()
 
     async def _take_jobs(self, worker: JobWorker) -> None:
-        free = self._concurrency - len(self._running)
-        if free == 0:
-            await self._until_stopped_or(*self._running)
+        free = self._concurrency - (len(self._running) - self._waiting)
+        if free <= 0:
+            self._begins_to_wait.clear()
+            waits = asyncio.create_task(self._begins_to_wait.wait())
+            await self._until_stopped_or(waits, *self._running)
+            waits.cancel()
             return
         claiming = asyncio.create_task(worker.claim(free, _BLOCK_MS))
         await self._until_stopped_or(claiming)
@@ -112,10 +138,11 @@ class Puller:
             try:
                 outcome = await self._score(worker, claim, span)
             except asyncio.CancelledError:
-                await worker.release(claim)
-                self._core.metrics.queue_jobs.labels("released").inc()
-                span.event("handed_back")
+                await self._hand_back(worker, claim, span)
                 raise
+            except _DrainingError:
+                await self._hand_back(worker, claim, span)
+                return
             except TutelageError as error:
                 outcome = await self._fail(worker, claim, span, error)
             except Exception as error:
@@ -131,14 +158,45 @@ class Puller:
             return "not_needed"
         malformed: dict[int, SequenceError] = {}
         request = codec.request_from_proto(job_request(*loaded), malformed)
-        remaining = None if claim.deadline_ms is None else claim.deadline_ms / 1000 - time.time()
-        score = await self._core.score(
-            request, transport="queue", remaining_seconds=remaining, malformed=malformed
+
+        async def ask() -> Score:
+            remaining = None if claim.deadline_ms is None else claim.deadline_ms / 1000 - time.time()
+            return await self._core.score(
+                request, transport="queue", remaining_seconds=remaining, malformed=malformed
+            )
+
+        score = await (
+            ask() if self._following is None else self._with_weights(self._following, request, ask)
         )
         if tracing.enabled():
             span.set(spent(score))
         answer = codec.score_to_bytes(score, request.signal.encoding)
         return "committed" if await worker.commit(claim, answer) else "second"
+
+    async def _with_weights(
+        self, following: FollowingEngine, request: ScoreRequest, ask: Callable[[], Awaitable[Score]]
+    ) -> Score:
+        """Ask once the weights that the job wants are there, while they stay."""
+        while True:
+            publication = asyncio.create_task(following.published(request.pins))
+            self._waiting += 1
+            self._begins_to_wait.set()
+            try:
+                await self._until_stopped_or(publication)
+            finally:
+                self._waiting -= 1
+                publication.cancel()
+            if not publication.done():
+                raise _DrainingError
+            publication.result()
+            async with self._slots, following.holding(request.pins) as held:
+                if held:
+                    return await ask()
+
+    async def _hand_back(self, worker: JobWorker, claim: JobClaim, span: tracing.Span) -> None:
+        await worker.release(claim)
+        self._core.metrics.queue_jobs.labels("released").inc()
+        span.event("handed_back")
 
     async def _fail(
         self, worker: JobWorker, claim: JobClaim, span: tracing.Span, error: TutelageError

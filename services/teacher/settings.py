@@ -49,6 +49,10 @@ class TeacherSettings(BaseModel):
     engine: EngineName = Field(default="transformers", description="what computes the scores")
     model: str | None = Field(default=None, description="directory or hub id; not needed by the fake engine")
     revision: str | None = Field(default=None, description="revision of a model on the hub")
+    follow: Path | None = Field(
+        default=None,
+        description="directory in which a trainer publishes weights: the newest are served, not a model",
+    )
     dtype: DtypeName = Field(
         default="auto", description="weights and activations; auto: as the model was saved"
     )
@@ -85,7 +89,11 @@ class TeacherSettings(BaseModel):
 
     @model_validator(mode="after")
     def _needs_a_model(self) -> TeacherSettings:
-        if self.engine != "fake" and not self.model:
+        if self.follow is not None:
+            for key in ("model", "revision", "adapters", "cache"):
+                if value := getattr(self, key, None):
+                    raise ValueError(f"{key}: got {value!r} with follow, whose weights change; leave one out")
+        elif self.engine != "fake" and not self.model:
             raise ValueError(f"model: got none, engine {self.engine!r} needs a directory or a hub id")
         return self
 
