@@ -65,6 +65,11 @@ def check_estimator(row: ObjectiveSettings, needs_teacher: bool) -> None:
             'objective.correction: "ppo" clips the sampled token\'s surrogate, which estimator = '
             '"pathwise" has only for a mixed-in reward; allowed: "none", "importance"'
         )
+    if row.tail == "renormalise_teacher" and row.divergence != "kl_teacher_student":
+        raise ObjectiveError(
+            'objective.tail: got "renormalise_teacher", whose target is zero outside the support; allowed '
+            f'only with divergence = "kl_teacher_student", got {row.divergence!r}'
+        )
     if row.entry_clip is not None and row.tail in ("stop_gradient", "stop_gradient_mean"):
         raise ObjectiveError(
             f"objective.tail: got {row.tail!r} with entry_clip, which bounds shares that are differentiated; "
@@ -149,7 +154,8 @@ def check_views(row: ObjectiveSettings, divergence: Divergence, views: Mapping[s
     """Whether the views make a target, on this support and for this estimator."""
     _check_view_clips(row)
     _check_contexts(row)
-    if list(views.values()) == [1.0]:
+    _check_coefficients(row, views)
+    if list(views.values()) == [1.0] and not any(view.weight_field for view in row.views.values()):
         return
     got = ", ".join(f"{view}: {coefficient}" for view, coefficient in views.items())
     target = row.target or "log_linear"
@@ -182,6 +188,29 @@ def _check_view_clips(row: ObjectiveSettings) -> None:
                 f"objective.views.{name}.clip: set to {view.clip}, but it only acts on views after the "
                 'first, with target = "log_linear" and a support other than full'
             )
+
+
+def _check_coefficients(row: ObjectiveSettings, views: Mapping[str, float]) -> None:
+    """Whether coefficients may differ from example to example, or be rescaled."""
+    for name, view in row.views.items():
+        if view.weight_field is not None and row.support == "full":
+            raise ObjectiveError(
+                f'objective.views.{name}.weight_field: set with support = "full", whose views have one '
+                "coefficient for all rows; allowed: a support that is asked for over the wire"
+            )
+    if row.missing_view != "renormalise":
+        return
+    if row.support == "full":
+        raise ObjectiveError(
+            'objective.missing_view: got "renormalise" with support = "full", whose caller brings every view; '
+            'allowed: "drop"'
+        )
+    clipped = any(view.clip is not None for view in row.views.values())
+    if (row.target or "log_linear") == "log_linear" and (clipped or min(views.values()) <= 0):
+        raise ObjectiveError(
+            'objective.missing_view: got "renormalise" with target = "log_linear" and a clip or a coefficient '
+            'that is not above 0, where what is left is another target; allowed: "drop"'
+        )
 
 
 def _check_contexts(row: ObjectiveSettings) -> None:

@@ -31,7 +31,9 @@ Divergence: TypeAlias = Literal[
     "alpha",
 ]
 Support: TypeAlias = Literal["sampled", "teacher_topk", "student_topk", "union", "full"]
-Tail: TypeAlias = Literal["raw", "stop_gradient", "stop_gradient_mean", "renormalise", "bucket"]
+Tail: TypeAlias = Literal[
+    "raw", "stop_gradient", "stop_gradient_mean", "renormalise", "renormalise_teacher", "bucket"
+]
 Estimator: TypeAlias = Literal["pathwise", "score_function"]
 Target: TypeAlias = Literal["log_linear", "mixture", "losses"]
 ScoreWeight: TypeAlias = Literal["exact", "stopped"]
@@ -302,6 +304,16 @@ class ObjectiveSettings(_Settings):
         "drop",
         description="a group one of whose views could not be scored: dropped, or trained on its other views "
         "with their coefficients rescaled (renormalise); both are counted",
+    )
+    ema_rate: Annotated[FiniteFloat, Field(gt=0, le=1)] | None = Field(
+        None,
+        description='weights "ema": share of the student that enters it at every update (0.05), '
+        "ema ← (1 − rate) · ema + rate · student",
+    )
+    max_lag: NonNegativeInt | None = Field(
+        None,
+        description='weights "live" and "ema": updates that they may be behind the weights they train; default: '
+        "training.max_staleness",
     )
     divergence: Divergence = Field(
         "kl_student_teacher", description="what is minimised, argument order spelled out"

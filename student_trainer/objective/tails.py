@@ -32,6 +32,8 @@ def truncated(
             −Σ_S p · (log q − sg log p), Many Faces; for the others the same idea, derived.
         stop_gradient_mean: that divided by sg Σ_S p, the form of thunlp's OPD code.
         renormalise: both sides are normalised over S.
+        renormalise_teacher: the teacher gives all its probability to S, the student keeps its own: KL(q̃‖p)
+            over the whole vocabulary, because q̃ is zero outside.
         bucket: the outside is one more token on both sides.
 
     Args:
@@ -46,6 +48,8 @@ def truncated(
     t = torch.where(present, teacher, 0)
     if tail == "renormalise":
         s, t = normalised(s, present), normalised(t, present)
+    elif tail == "renormalise_teacher":
+        t = normalised(t, present)
     elif tail == "bucket":
         s, t = with_bucket(s, present), with_bucket(t, present)
         present = torch.cat([present, torch.ones_like(present[:, :1])], dim=1)

@@ -168,6 +168,7 @@ def test_alpha_ends_are_the_two_divergences_and_heavy_tails_warn() -> None:
         ({"mix": "multiply", "entropy_window": 2}, "objective.entropy_window"),
         ({"preset": "many-faces", "entry_clip": 0.1}, "objective.tail: got 'stop_gradient' with entry_clip"),
         ({"preset": "gkd", "horizon": 2}, "objective.horizon"),
+        ({"preset": "gkd", "tail": "renormalise_teacher"}, 'objective.tail: got "renormalise_teacher"'),
         ({"preset": "gkd", "correction": {"kind": "ppo"}}, "objective.correction"),
         ({"preset": "gkd", "mix": "multiply"}, "objective.mix"),
         ({"distill_coefficient": 0.0}, "nothing would be trained"),
