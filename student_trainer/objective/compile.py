@@ -21,6 +21,7 @@ from student_trainer.objective.checks import (
 from student_trainer.objective.plan import (
     DEFAULT_ALPHA,
     DEFAULT_BETA,
+    DEFAULT_EMA_RATE,
     DEFAULT_K,
     DEFAULT_RATIO_CLIP,
     TRUNCATED,
@@ -126,6 +127,8 @@ def compile_plan(
         },
         implied_teachers=implied_teachers(row, run, teachers) if needs_teacher else {},
         missing_view=row.missing_view,
+        ema_rate=row.ema_rate or DEFAULT_EMA_RATE,
+        max_lag=row.max_lag,
     )
 
 

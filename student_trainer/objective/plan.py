@@ -32,6 +32,7 @@ DEFAULT_BETA = 0.5
 DEFAULT_ALPHA = 0.5
 DEFAULT_K = 64
 DEFAULT_RATIO_CLIP = 0.2
+DEFAULT_EMA_RATE = 0.05
 TRUNCATED = ("teacher_topk", "student_topk", "union")
 
 
@@ -55,6 +56,8 @@ class Plan:
         implied_teachers: teachers that need no section of the run file: name → "initial", "live", "ema" or
             "checkpoint:PATH".
         missing_view: what happens to a group that only some views scored.
+        ema_rate: share of the student that enters its moving average at every update.
+        max_lag: updates that live and averaged weights may be behind those they train; None: as staleness.
         student_candidates: ids the sampler records per position, 0 for none.
         k: ids per position and side, 0 without a top-k support.
         horizon: later tokens credited to a token; None is the rest of the response.
@@ -115,6 +118,8 @@ class Plan:
     weight_fields: Mapping[str, str] = field(default_factory=dict)
     implied_teachers: Mapping[str, str] = field(default_factory=dict)
     missing_view: MissingView = "drop"
+    ema_rate: float = DEFAULT_EMA_RATE
+    max_lag: int | None = None
 
     def teachers_of(self, view: str) -> tuple[str, ...]:
         """Every teacher that may score the view; one, but for a routed view."""

@@ -116,8 +116,12 @@ def idle_fields(settings: ObjectiveSettings) -> dict[str, str]:
             idle[field] = reason
 
     truncated = settings.support in ("teacher_topk", "student_topk", "union")
-    only("target", len(settings.views) > 1, "several views")
+    weighed = any(view.weight_field is not None for view in settings.views.values())
+    only("target", len(settings.views) > 1 or weighed, "several views or a weight_field")
     only("missing_view", len(settings.views) > 1, "several views")
+    weights = {view.weights for view in settings.views.values()}
+    only("ema_rate", "ema" in weights, 'a view with weights = "ema"')
+    only("max_lag", bool(weights & {"live", "ema"}), 'a view with weights = "live" or "ema"')
     only("beta", settings.divergence == "jsd", 'divergence = "jsd"')
     only("alpha", settings.divergence == "alpha", 'divergence = "alpha"')
     only("k", truncated, "a top-k support")
