@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 from tutelage_client.errors import TutelageError, invalid
 
+from services.models.adapters import Adapter, merge_adapter
 from services.models.fingerprint import directory_revision
 from services.models.head import Head, head_of
 from services.models.packed import is_packed
@@ -79,6 +80,7 @@ def load_causal_lm(
     device: str = "auto",
     revision: str | None = None,
     attention: Literal["packed", "plain"] = "packed",
+    adapter: Adapter | None = None,
 ) -> LoadedModel:
     """Load from a local directory or the hub; safetensors only, no code from the repository.
 
@@ -87,6 +89,7 @@ def load_causal_lm(
         device: a torch device, or "auto" (CUDA when there is one).
         revision: a hub branch, tag or commit; not for local directories.
         attention: "plain" skips packing, for models that only generate.
+        adapter: is merged into the model, and counts in the revision.
 
     Raises TutelageError naming the field for what cannot be loaded, and for a checkpoint in which
     a parameter is missing: it would be random.
@@ -96,11 +99,14 @@ def load_causal_lm(
     if local and revision is not None:
         raise invalid(f"revision: got {revision!r} for the local directory {directory}; its content decides")
     model = _load_model(path_or_id, _dtype(dtype), revision)
+    if adapter is not None:
+        model = merge_adapter(model, adapter)
     model.to(resolve_device(device)).eval()
     if attention == "packed":
         _install_packing(model)
         check_head(model)
     resolved = directory_revision(directory) if local else _commit(model.config)
+    resolved = resolved if adapter is None else adapter.revision(resolved)
     return LoadedModel(model, load_tokenizer(path_or_id, revision), resolved, head_of(model).vocab_size)
 
 

@@ -1,4 +1,4 @@
-"""vLLM in this process: everything of ours that touches its internals is in this file.
+"""vLLM in this process: everything of ours that touches its internals is here and in vllm_lora.
 
 What is used beyond its documented interface, and would have to be looked at for another minor
 version: `LLMEngine` without its engine-core process, the model registry's entries,
@@ -30,6 +30,8 @@ import torch
 from torch import Tensor, nn
 from tutelage_client.errors import TutelageError, invalid
 
+from services.models.adapters import Adapter
+from services.models.vllm_lora import load_adapters, lora_arguments
 from services.models.vllm_settings import VllmSettings
 
 SUPPORTED = (0, 32)  # the minor version whose internals were read
@@ -95,6 +97,7 @@ class StepEngine:
             "prompt_logprobs" and "generate" serve it as vLLM does.
         head_dtype: type of the logits, "float32" or "model".
         make_model: from a model's class to the class that scores; needed to score.
+        adapters: that requests may name; each is loaded now, and has to be applied whole.
 
     Raises:
         TutelageError: what the caller can mend, naming the setting.
@@ -110,6 +113,7 @@ class StepEngine:
         revision: str | None = None,
         head_dtype: str = "float32",
         make_model: MakeModel | None = None,
+        adapters: Sequence[Adapter] = (),
     ) -> None:
         version = import_vllm()
         arguments = {
@@ -120,6 +124,7 @@ class StepEngine:
             **_purpose_arguments(purpose),
             **_platform_defaults(settings),
             **_given_arguments(settings, {"head_dtype": head_dtype}),
+            **lora_arguments(adapters, settings.given(), on_cpu=_on_cpu()),
         }
         scoring = contextlib.nullcontext() if make_model is None else scoring_models(make_model)
         try:
@@ -135,13 +140,20 @@ class StepEngine:
             _cap_prefix_hits(self._core.scheduler.kv_cache_manager)
             self._empty_new_blocks()
         self.facts = self._facts(version)
+        self._adapters = self._load_adapters(adapters)
         # What start-up made is here to stay; walking through it would pause every request for long.
         gc.collect()
         gc.freeze()
 
-    def add(self, request_id: str, prompt_ids: list[int], params: Any) -> None:
-        """Queue a request; its outputs carry `request_id`, which no other request may have."""
-        self._engine.add_request(request_id, {"type": "token", "prompt_token_ids": prompt_ids}, params)
+    def add(self, request_id: str, prompt_ids: list[int], params: Any, adapter: str | None = None) -> None:
+        """Queue a request; its outputs carry `request_id`, which no other request may have.
+
+        Args:
+            adapter: name of the adapter that the model has for this request; None is the base alone.
+        """
+        lora = None if adapter is None else self._adapters[adapter]
+        prompt = {"type": "token", "prompt_token_ids": prompt_ids}
+        self._engine.add_request(request_id, prompt, params, lora_request=lora)
 
     def step(self) -> list[Any]:
         """One forward pass; the RequestOutput or PoolingRequestOutput of requests that advanced."""
@@ -196,6 +208,13 @@ class StepEngine:
         gc.unfreeze()
         self._engine.engine_core.shutdown()
         _leave_distributed()
+
+    def _load_adapters(self, adapters: Sequence[Adapter]) -> dict[str, Any]:
+        try:
+            return load_adapters(self._engine, adapters)
+        except TutelageError:
+            self.close()
+            raise
 
     def _empty_new_blocks(self) -> None:
         """On a CPU, have every block of the KV cache zeroed before another sequence uses it.
@@ -292,14 +311,18 @@ def _given_arguments(settings: VllmSettings, hf_overrides: dict[str, Any]) -> di
 
 def _platform_defaults(settings: VllmSettings) -> dict[str, Any]:
     """On a CPU: no compiler, a bounded cache instead of most of the memory, small blocks to share."""
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
+    if not _on_cpu():
         return {}
     defaults: dict[str, Any] = {"block_size": 32, "enforce_eager": True}
     if settings.kv_cache_memory_bytes is None and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
         defaults["kv_cache_memory_bytes"] = CPU_KV_CACHE_BYTES
     return defaults
+
+
+def _on_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
 
 
 def _check_argument(name: str) -> None:

@@ -12,9 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 # Engine arguments that the teacher or the student names itself, above its vLLM settings.
 NAMED_ELSEWHERE = ("model", "revision", "dtype")
 # What makes a vLLM engine score, or would run a model's own code.
-OURS = ("runner", "convert", "task", "skip_tokenizer_init", "logprobs_mode", "trust_remote_code")
+OURS = (
+    "runner", "convert", "task", "skip_tokenizer_init", "logprobs_mode", "trust_remote_code",
+    "enable_lora", "max_lora_rank", "max_cpu_loras", "lora_target_modules", "default_mm_loras",
+)  # fmt: skip
 # Engine arguments that change scores although model and type stay the same.
-_CHANGE_NUMBERS = ("quantization", "kv_cache_dtype", "hf_overrides", "load_format")
+_CHANGE_NUMBERS = ("quantization", "kv_cache_dtype", "hf_overrides", "load_format", "lora_dtype")
 MAX_BATCH_TOKENS = 16_384  # the other engines' default, which vLLM has no use for
 
 

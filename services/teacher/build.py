@@ -83,6 +83,7 @@ def _engine(settings: TeacherSettings, limits: Limits) -> Engine:
     from services.teacher.engines.transformers import TransformersEngine
 
     return TransformersEngine(
+            adapters=settings.adapters,
         settings.model,
         name=settings.name,
         dtype=settings.dtype,
@@ -94,3 +95,4 @@ def _engine(settings: TeacherSettings, limits: Limits) -> Engine:
         threads=settings.threads,
         limits=limits,
     )
+        adapter=settings.adapters.get(settings.name),

@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from tutelage_client.types import Limits
 
 from services.api.settings import ServiceSettings
@@ -16,8 +16,11 @@ from services.queue_address import QueueAddress
 from services.teacher.cache.settings import CacheSettings
 from services.teacher.engines.fake import FakeSettings
 
-EngineName = Literal["transformers", "vllm", "fake"]
+EngineName = Literal["transformers", "vllm", "fake", "file"]
+TeacherName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]+$")]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+MAX_ADAPTERS = 256
 
 
 class LimitSettings(BaseModel):
@@ -43,12 +46,16 @@ class TeacherSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(
-        default="teacher", pattern=r"^[A-Za-z0-9_.-]+$", description="name that callers ask for"
-    )
+    name: TeacherName = Field(default="teacher", description="name that callers ask for")
     engine: EngineName = Field(default="transformers", description="what computes the scores")
     model: str | None = Field(default=None, description="directory or hub id; not needed by the fake engine")
     revision: str | None = Field(default=None, description="revision of a model on the hub")
+    adapters: dict[TeacherName, Path] = Field(
+        default_factory=dict,
+        max_length=MAX_ADAPTERS,
+        description="directories of LoRA adapters (PEFT) by the names of the teachers that they make of the "
+        "model; the replica's own name is the model alone, unless an adapter has it",
+    )
     follow: Path | None = Field(
         default=None,
         description="directory in which a trainer publishes weights: the newest are served, not a model",
@@ -100,6 +107,16 @@ class TeacherSettings(BaseModel):
     @model_validator(mode="after")
     def _fits_the_engine(self) -> TeacherSettings:
         check_engine(self)
+    @model_validator(mode="after")
+    def _a_file_is_all_it_has(self) -> TeacherSettings:
+        if (self.engine == "file") != (self.scores is not None):
+            got = "none" if self.scores is None else repr(str(self.scores))
+            raise ValueError(f"scores: got {got}, engine {self.engine!r}; engine 'file' and a file belong together")
+        for key in ("model", "revision", "adapters", "follow", "cache") if self.engine == "file" else ():
+            if value := getattr(self, key):
+                raise ValueError(f"{key}: got {value!r} with engine 'file', which answers from its file alone")
+        return self
+
         if self.engine == "vllm" and self.deterministic:
             raise ValueError(
                 "deterministic: got true; what vLLM computes depends on what it computes beside it, "
@@ -107,4 +124,15 @@ class TeacherSettings(BaseModel):
             )
         if self.engine == "vllm" and self.threads is not None:
             raise ValueError("threads: with engine 'vllm' the environment says it, as OMP_NUM_THREADS")
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_fit_the_engine(self) -> TeacherSettings:
+        if self.adapters and self.engine == "fake":
+            raise ValueError("adapters: got some, the engine 'fake' has no model that they could change")
+        if self.engine == "transformers" and self.adapters and set(self.adapters) != {self.name}:
+            raise ValueError(
+                f"adapters: got {', '.join(sorted(self.adapters))}; the engine 'transformers' merges one "
+                f"into the model, called as the replica is, {self.name!r}; the engine 'vllm' serves several"
+            )
         return self

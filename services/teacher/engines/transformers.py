@@ -22,6 +22,7 @@ import transformers
 from tutelage_client.errors import TutelageError
 from tutelage_client.types import Identity, Limits, Score, ScoreRequest, Usage
 
+from services.models.adapters import read_adapter
 from services.models.fingerprint import tokenizer_fingerprint
 from services.models.load import LoadedModel, load_causal_lm, load_weights
 from services.teacher.engines.batching import Answer, Control, Job, Unit, WaitingLine
@@ -55,6 +56,7 @@ class TransformersEngine:
         max_batch_tokens: packed tokens of one forward pass; one longer sequence still gets its own.
         limits: narrowed to what the model can do (its positions, its vocabulary).
         threads: torch threads of the compute thread; None leaves torch's default.
+        adapter: directory of a LoRA adapter, which is merged into the model.
     """
 
     def __init__(
@@ -70,12 +72,14 @@ class TransformersEngine:
         deterministic: bool = False,
         threads: int | None = None,
         limits: Limits | None = None,
+        adapter: Path | None = None,
     ) -> None:
         self._model_name = str(model)
         self._name = name
-        self._load: Callable[[], LoadedModel] = partial(
+        self._load: Callable[..., LoadedModel] = partial(
             load_causal_lm, model, dtype=dtype, device=device, revision=revision
         )
+        self._adapter = adapter
         self._head_dtype = head_dtype
         self._threads = 1 if deterministic else threads
         self._limits = limits or Limits()
@@ -172,7 +176,8 @@ class TransformersEngine:
             log.exception("engine_failed", during="batch")
 
     def _open(self) -> None:
-        loaded = self._load()
+        adapter = None if self._adapter is None else read_adapter(self._name, self._adapter)
+        loaded = self._load(adapter=adapter)
         self._scorer = self._scorer_for(loaded)
         positions = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
         limits = self._limits
@@ -183,7 +188,7 @@ class TransformersEngine:
         )
         self._identity = Identity(
             name=self._name,
-            model=self._model_name,
+            model=self._model_name if adapter is None else adapter.model(self._model_name),
             revision=loaded.revision,
             weights_version=0,
             tokenizer_fingerprint=tokenizer_fingerprint(loaded.tokenizer),
@@ -200,6 +205,10 @@ class TransformersEngine:
 
     def _swap(self, path: Path, weights_version: int, weights_id: str) -> None:
         assert self._scorer is not None
+        if self._adapter is not None:
+            raise TutelageError(
+                "FAILED_PRECONDITION", "weights: got others for a model with an adapter, which keeps its own"
+            )
         revision = load_weights(self._scorer.loaded.model, path)
         self._scorer = self._scorer_for(self._scorer.loaded)
         self._identity = replace(

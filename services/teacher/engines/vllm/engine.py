@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import structlog
 from tutelage_client.errors import TutelageError, invalid
 from tutelage_client.types import Identity, Limits, Score, ScoreRequest
 
+from services.models.adapters import Adapter, read_adapters
 from services.models.fingerprint import directory_revision, tokenizer_fingerprint
 from services.models.load import load_tokenizer, model_files
 from services.models.vllm_adapter import Residue, StepEngine
@@ -36,6 +38,9 @@ class VllmEngine:
         head_dtype: type in which logits are computed; "model" is the model's own.
         settings: everything else that vLLM is told.
         limits: narrowed to what the model and the way of scoring can do.
+        adapters: directories of LoRA adapters by the names of the teachers that they make of the model;
+            `name` itself is the model alone, unless an adapter has that name. All share the engine's
+            batches; nothing else is shared but the weights.
     """
 
     def __init__(
@@ -48,6 +53,7 @@ class VllmEngine:
         head_dtype: str = "float32",
         settings: VllmSettings | None = None,
         limits: Limits | None = None,
+        adapters: Mapping[str, Path] | None = None,
     ) -> None:
         self._model = str(model)
         self._name = name
@@ -57,24 +63,26 @@ class VllmEngine:
         self._settings = settings or VllmSettings()
         self._limits = limits or Limits()
         self._scoring: Pooled | Stock = Stock() if self._settings.implementation == "stock" else Pooled()
-        self._line = EngineThread(self._open, self._scoring, lambda: self.identity)
+        self._adapters = dict(adapters or {})
+        self._names = tuple(dict.fromkeys([name, *self._adapters]))
+        self._line = EngineThread(self._open, self._scoring, self._identity_of, self._adapter_of)
         self._thread: threading.Thread | None = None
         self._ended: Answer[None] | None = None
         self._engine: StepEngine | None = None
         self._directory: Path | None = None
         self._description: ModelDescription | None = None
-        self._identity: Identity | None = None
+        self._identities: dict[str, Identity] = {}
 
     @property
     def identity(self) -> Identity:
         """What scores now; raises UNAVAILABLE before `start` has returned."""
-        if self._identity is None:
-            raise TutelageError("UNAVAILABLE", "engine: the model is not loaded", retry_after=1.0)
-        return self._identity
+        return self.identities[0]
 
     @property
     def identities(self) -> tuple[Identity, ...]:
-        return (self.identity,)
+        if not self._identities:
+            raise TutelageError("UNAVAILABLE", "engine: the model is not loaded", retry_after=1.0)
+        return tuple(self._identities.values())
 
     @property
     def limits(self) -> Limits:
@@ -92,7 +100,7 @@ class VllmEngine:
 
     async def score(self, request: ScoreRequest) -> Score:
         if not request.sequences:
-            return Score((), self.identity, request_id=request.request_id)
+            return Score((), self._identity_of(request.teacher), request_id=request.request_id)
         job = Job(request, Answer())
         self._line.submit(job)
         return await job.answer.future
@@ -124,6 +132,13 @@ class VllmEngine:
         await answer.future
         return found[0]
 
+    def _identity_of(self, teacher: str) -> Identity:
+        return self._identities[teacher or self._names[0]]
+
+    def _adapter_of(self, teacher: str) -> str | None:
+        name = teacher or self._names[0]
+        return name if name in self._adapters else None
+
     # From here on: the engine's thread.
 
     def _open(self) -> StepEngine:
@@ -132,6 +147,7 @@ class VllmEngine:
             raise invalid(
                 f"revision: got {self._revision!r} for the local directory {self._model}; its content decides"
             )
+        adapters = read_adapters(self._adapters)
         engine = StepEngine(
             self._model,
             purpose=scoring.purpose,
@@ -140,12 +156,13 @@ class VllmEngine:
             revision=self._revision,
             head_dtype=self._head_dtype,
             make_model=scoring.make_model,
+            adapters=adapters,
         )
         facts, files = engine.facts, model_files(self._model, self._revision)
         self._engine, self._directory = engine, files.directory
         self._description = describe(files.directory)
         self._limits = scoring.limits(self._limits, facts)
-        self._identity = Identity(
+        base = Identity(
             name=self._name,
             model=self._model,
             revision=files.revision,
@@ -157,12 +174,17 @@ class VllmEngine:
             dtype=facts.dtype,
             head_dtype=facts.head_dtype,
         )
+        self._identities = _identities(base, self._names, adapters)
         log.info("vllm_started", **asdict(facts))
         return engine
 
     def _swap(self, path: Path, weights_version: int, weights_id: str) -> None:
         assert self._engine is not None and self._directory is not None  # noqa: PT018
         assert self._description is not None
+        if self._adapters:
+            raise TutelageError(
+                "FAILED_PRECONDITION", "weights: got others for a model with adapters, which keeps its own"
+            )
         check_same_model(self._description, path)
         revision = directory_revision(path)
         try:
@@ -175,9 +197,11 @@ class VllmEngine:
             message = f"weights: vLLM could not load {path}: {type(error).__name__}: {error}"
             raise TutelageError("FAILED_PRECONDITION", message) from error
         self._directory = path
-        self._identity = replace(
-            self.identity, revision=revision, weights_version=weights_version, weights_id=weights_id
-        )
+        self._identities = {
+            self._name: replace(
+                self.identity, revision=revision, weights_version=weights_version, weights_id=weights_id
+            )
+        }
         log.info("weights_loaded", weights_version=weights_version, revision=revision)
 
     def _restore(self, directory: Path) -> None:
@@ -188,3 +212,17 @@ class VllmEngine:
         except Exception:
             self._line.close()
             raise
+
+
+def _identities(base: Identity, names: tuple[str, ...], adapters: tuple[Adapter, ...]) -> dict[str, Identity]:
+    """Each teacher's own: model and revision name the adapter, too."""
+    adapted = {
+        adapter.name: replace(
+            base,
+            name=adapter.name,
+            model=adapter.model(base.model),
+            revision=adapter.revision(base.revision),
+        )
+        for adapter in adapters
+    }
+    return {name: adapted.get(name, base) for name in names}

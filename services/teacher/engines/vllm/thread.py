@@ -94,15 +94,21 @@ class EngineThread:
     Args:
         open_engine: makes the engine, in the thread.
         scoring: how sequences are asked and answered.
-        identity: what scores now; it only changes inside controls.
+        identity: what scores now under a teacher's name; it only changes inside controls.
+        adapter: what the engine calls the adapter of a teacher's name; None for the base.
     """
 
     def __init__(
-        self, open_engine: Callable[[], StepEngine], scoring: Scoring, identity: Callable[[], Identity]
+        self,
+        open_engine: Callable[[], StepEngine],
+        scoring: Scoring,
+        identity: Callable[[str], Identity],
+        adapter: Callable[[str], str | None] = lambda _name: None,
     ) -> None:
         self._open_engine = open_engine
         self._scoring = scoring
         self._identity = identity
+        self._adapter = adapter
         self._changed = threading.Condition()
         self._inbox: deque[Job] = deque()
         self._controls: deque[Control] = deque()
@@ -236,7 +242,7 @@ class EngineThread:
         prompt, params = self._scoring.question(context, sequence, job.request.signal, read_cache=read_cache)
         unit_id = str(next(self._ids))
         try:
-            self._engine.add(unit_id, prompt, params)
+            self._engine.add(unit_id, prompt, params, self._adapter(job.request.teacher))
         except Exception:
             self._engine.abort([unit_id])
             raise
@@ -306,7 +312,7 @@ class EngineThread:
             compute_ms=job.compute_seconds * 1e3,
         )
         ordered = tuple(job.scores[index] for index in range(len(job.scores)))
-        job.answer.resolve(Score(ordered, self._identity(), usage, job.request.request_id))
+        job.answer.resolve(Score(ordered, self._identity(job.request.teacher), usage, job.request.request_id))
 
     def _recover(self, error: Exception) -> None:
         """A step failed: a request that was alone in it is to blame, the others are tried one by one."""
