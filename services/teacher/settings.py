@@ -16,7 +16,7 @@ from services.queue_address import QueueAddress
 from services.teacher.cache.settings import CacheSettings
 from services.teacher.engines.fake import FakeSettings
 
-EngineName = Literal["transformers", "vllm", "fake", "file"]
+EngineName = Literal["transformers", "vllm", "fake"]
 TeacherName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]+$")]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -107,16 +107,6 @@ class TeacherSettings(BaseModel):
     @model_validator(mode="after")
     def _fits_the_engine(self) -> TeacherSettings:
         check_engine(self)
-    @model_validator(mode="after")
-    def _a_file_is_all_it_has(self) -> TeacherSettings:
-        if (self.engine == "file") != (self.scores is not None):
-            got = "none" if self.scores is None else repr(str(self.scores))
-            raise ValueError(f"scores: got {got}, engine {self.engine!r}; engine 'file' and a file belong together")
-        for key in ("model", "revision", "adapters", "follow", "cache") if self.engine == "file" else ():
-            if value := getattr(self, key):
-                raise ValueError(f"{key}: got {value!r} with engine 'file', which answers from its file alone")
-        return self
-
         if self.engine == "vllm" and self.deterministic:
             raise ValueError(
                 "deterministic: got true; what vLLM computes depends on what it computes beside it, "
