@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from string import Template
 
-from student_trainer.report import figures, rollouts
+from student_trainer.report import figures, rock_tokens, rollouts
 from student_trainer.report.charts import Chart, readout, svg
 from student_trainer.report.run_data import METRICS, OutcomeRow, RolloutRecord, RunData, read_run
 
@@ -54,6 +54,7 @@ def render(run: RunData) -> str:
         figures=_headline(run),
         table=_table(run),
         charts=_charts(drawn),
+        rocks=rock_tokens.section(run.rollouts),
         rollouts=_rollouts(chosen),
         footer=escape(_footer(run)),
         data=json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),

@@ -59,6 +59,7 @@ class RolloutRecord:
     teacher_logprobs: tuple[float, ...]  # [R], NaN where the teacher gave no score
     teacher_top: tuple[tuple[tuple[str, float], ...], ...]  # [R] lists of (text, log-probability)
     reward: float | None
+    token_ids: tuple[int, ...] = ()  # [R]
 
     @property
     def log_ratios(self) -> tuple[float, ...]:
@@ -212,6 +213,7 @@ def _rollout(record: dict[str, Any]) -> RolloutRecord:
             for position in record.get("teacher_top") or ()
         ),
         reward=None if record.get("reward") is None else float(record["reward"]),
+        token_ids=tuple(int(token) for token in record["token_ids"]),
     )
 
 
