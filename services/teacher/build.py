@@ -79,11 +79,11 @@ def _engine(settings: TeacherSettings, limits: Limits) -> Engine:
             head_dtype=settings.head_dtype,
             settings=settings.vllm,
             limits=limits,
+            adapters=settings.adapters,
         )
     from services.teacher.engines.transformers import TransformersEngine
 
     return TransformersEngine(
-            adapters=settings.adapters,
         settings.model,
         name=settings.name,
         dtype=settings.dtype,
@@ -94,5 +94,5 @@ def _engine(settings: TeacherSettings, limits: Limits) -> Engine:
         deterministic=settings.deterministic,
         threads=settings.threads,
         limits=limits,
-    )
         adapter=settings.adapters.get(settings.name),
+    )
