@@ -15,6 +15,7 @@ from support.preset_problem import (
     LOG_P,
     REWARD,
     SECOND,
+    SHARES,
     K,
     Loss,
     T,
@@ -118,7 +119,7 @@ def iw_weight() -> Tensor:
 
 def mad_opd(log_p: Tensor) -> Tensor:
     each = [jsd(with_rest(log_p, top(q)), with_rest(q, top(q))) for q in (FIRST, SECOND)]
-    return (each[0] + each[1]).mean()
+    return (SHARES * each[0] + (1 - SHARES) * each[1]).mean()
 
 
 EXTRAPOLATED = 1.25 * at_sampled(FIRST) - 0.25 * at_sampled(SECOND)

@@ -30,6 +30,7 @@ IN_FIRST = torch.arange(T) < 12  # which positions belong to the first response
 REWARD = torch.where(IN_FIRST, 1.0, -0.5).double()  # the advantage
 PAID = torch.where(IN_FIRST, 1.0, 0.0).double()  # the reward itself
 MARKED = IN_FIRST
+SHARES = torch.where(IN_FIRST, 0.7, 0.2).double()  # of the first of two views; the other has the rest
 REQUIRED: dict[str, dict[str, Any]] = {"tokens.skip_ids": {"tokens": {"skip_ids": [3, 5]}}}
 
 Loss: TypeAlias = Callable[[Tensor], Tensor]  # log p [T, V] → the whole loss
@@ -81,6 +82,7 @@ def make_batch(plan: Plan) -> TokenBatch:
         marked=MARKED,
         old_logprobs=LOG_OLD,
         rewards=PAID,
+        view_factors=dict(zip(plan.weight_fields, (SHARES, 1 - SHARES), strict=False)),
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import preset_formulas, self_distillation_formulas
+from support import preset_formulas, reward_formulas, self_distillation_formulas
 from support.preset_problem import plan_of, required, trained, written_out
 from tutelage_client.types import Signal
 
@@ -14,7 +14,7 @@ from student_trainer.objective import presets
 from student_trainer.objective.compile import Plan, compile_plan
 from student_trainer.objective.settings import ObjectiveSettings
 
-FORMULAS = preset_formulas.FORMULAS | self_distillation_formulas.FORMULAS
+FORMULAS = preset_formulas.FORMULAS | self_distillation_formulas.FORMULAS | reward_formulas.FORMULAS
 
 
 @pytest.mark.parametrize("name", presets.names())
@@ -68,6 +68,17 @@ ASKED = {
     },
     "msd": {"english": "run.initial, told english: candidates 64"},
     "vpd": {"feedback": "run.live, told feedback or success: candidates 64"},
+    "rlsd": {"answer": "run.live, told answer: sampled"},
+    "rlrt": {"informed": "run.live, told success: sampled"},
+    "egrsd": {"answer": "run.live, told answer: sampled, entropy"},
+    "cl-egrsd": {"answer": "run.live, told answer: sampled, entropy"},
+    "antisd": {
+        "informed": "run.live, told feedback success or success or feedback solution or solution: "
+        "sampled, entropy"
+    },
+    "kepo": {"teacher": "teacher: top_k 64"},
+    "pi-play": {"path": "run.ema, told path: candidates 64"},
+    "edge-opd": {"private": "run.live, told context: sampled"},
 }
 
 
