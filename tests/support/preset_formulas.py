@@ -135,5 +135,6 @@ FORMULAS: dict[str, Loss] = {
     "exopd": g_opd(EXTRAPOLATED),
     "ta-opd": ta_opd,
     "iw-opd": importance(iw_weight() * LOG_U),
+    "lightning": lambda log_p: -((at_sampled(FIRST) - LOG_OLD) * at_sampled(log_p)).mean(),
     "mad-opd": mad_opd,
 }

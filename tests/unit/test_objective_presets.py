@@ -38,6 +38,7 @@ ASKED = {
     "exopd": {"expert": "expert: sampled", "reference": "reference: sampled"},
     "ta-opd": {"teacher": "teacher: candidates 32"},
     "iw-opd": {"teacher": "teacher: sampled"},
+    "lightning": {"teacher": "teacher: sampled"},
     "mad-opd": {
         "first": "first, told debate: top_k 64",
         "second": "second, told debate: top_k 64",
