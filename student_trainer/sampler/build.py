@@ -16,13 +16,10 @@ from services.models.load import LoadedModel, load_weights
 from student_trainer.config import RunConfig
 from student_trainer.objective.plan import Plan
 from student_trainer.policy_store import PolicyStore, PolicyVersion
-from student_trainer.sampler.contexts import ContextBuilder
-from student_trainer.sampler.data import PromptSource, load_prompts
 from student_trainer.sampler.engines import ModelSource, load_plain, open_generator, self_test
+from student_trainer.sampler.examples import Examples, load_examples
 from student_trainer.sampler.groups import GroupSampler, OtherSampler
-from student_trainer.sampler.labels import ExampleLabels
 from student_trainer.sampler.policy import StudentPolicy
-from student_trainer.sampler.prompts import PromptEncoder
 
 SELF_TEST_PROMPTS = 3
 
@@ -49,13 +46,8 @@ def _build(config: RunConfig, first: PolicyVersion, opened: ExitStack) -> tuple[
     if plain.tokenizer is None:
         raise invalid(f"student.model: the policy in {first.path} has no tokenizer")
     _check_candidates(plan, plain)
-    encoder = PromptEncoder(plain.tokenizer, config.data)
-    prompts = load_prompts(
-        config.data,
-        seed=config.run.seed,
-        prompt_tokens=lambda examples: [len(prompt.ids) for prompt in encoder.encode(examples)],
-    )
-    test_prompts = _test_prompts(prompts, encoder)
+    examples = load_examples(config, plan, plain.tokenizer)
+    test_prompts = _test_prompts(examples)
     student = open_generator(sampling, source, plain, candidates=plan.student_candidates)
     opened.callback(student.close)
     self_test(student, sampling, source, plain, test_prompts, stays=rescores)
@@ -68,17 +60,7 @@ def _build(config: RunConfig, first: PolicyVersion, opened: ExitStack) -> tuple[
         seed=config.run.seed,
         sampling=sampling,
         plan=plan,
-        prompts=prompts,
-        encoder=encoder,
-        contexts=ContextBuilder(
-            plan,
-            prompts,
-            encoder,
-            seed=config.run.seed,
-            prompts_per_step=config.training.prompts_per_step,
-            guide=sampling.context,
-        ),
-        labels=ExampleLabels(plan, prompts, config.data.tag_field),
+        examples=examples,
         tokenizer=plain.tokenizer,
         student=student,
         student_model=plain.model if rescores else None,
@@ -116,9 +98,9 @@ def _other_sampler(
     return OtherSampler(sampling.sampler, generator)
 
 
-def _test_prompts(prompts: PromptSource, encoder: PromptEncoder) -> list[Int32Array]:
-    examples = [prompts.example(index) for index in range(SELF_TEST_PROMPTS)]
-    return [prompt.ids for prompt in encoder.encode(examples)]
+def _test_prompts(examples: Examples) -> list[Int32Array]:
+    first = [examples.prompts.example(index) for index in range(SELF_TEST_PROMPTS)]
+    return [prompt.ids for prompt in examples.encoder.encode(first)]
 
 
 def _check_candidates(plan: Plan, student: LoadedModel) -> None:

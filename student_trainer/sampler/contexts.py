@@ -25,6 +25,7 @@ from student_trainer.sampler.uniforms import uniforms
 from student_trainer.tasks import Example
 
 THINKING, THINKING_ENDS = "<think>", "</think>"
+GUIDE = "sampling.context"
 LOOKED_AT = 64  # examples among which a template's field must occur
 # Sample indices of random numbers that are no rollout's; -1 decides who samples.
 _OTHER_PROMPT = -(2**32)
@@ -99,6 +100,8 @@ class ContextBuilder:
     ) -> list[dict[str, tuple[Context, ...]]]:
         """For each group, by view with templates: the context of every rollout.
 
+        A group that is not sampled yet has one context, without what only responses tell.
+
         Args:
             own: the student's own prompt of each group.
 
@@ -108,7 +111,7 @@ class ContextBuilder:
         """
         filled = [
             {
-                view: [self._fill(view, templates, group, place) for place in range(len(group.texts))]
+                view: [self._fill(view, templates, group, place) for place in _places(group)]
                 for view, templates in self._plan.contexts.items()
             }
             for group in groups
@@ -136,11 +139,13 @@ class ContextBuilder:
         for index, example in zip(indices, examples, strict=True):
             values, lacking = self._values(self._guide, Sampled(index, example), None)
             if lacking:
-                raise self._missing("sampling.context", Sampled(index, example), (lacking,))
-            reworded.append(self._reworded("sampling.context", self._guide, example, values))
+                raise self._missing(GUIDE, Sampled(index, example), (lacking,))
+            reworded.append(self._reworded(GUIDE, self._guide, example, values))
         return self._encoder.encode(reworded)
 
-    def _fill(self, view: str, templates: Sequence[ContextTemplate], group: Sampled, place: int) -> _Filled:
+    def _fill(
+        self, view: str, templates: Sequence[ContextTemplate], group: Sampled, place: int | None
+    ) -> _Filled:
         """The first template whose fields are all there, for one rollout."""
         tried: list[tuple[str, ...]] = []
         for number, template in enumerate(templates):
@@ -222,7 +227,7 @@ class ContextBuilder:
     def _templates(self) -> dict[str, tuple[ContextTemplate, ...]]:
         """By the place in the run file where they stand."""
         views = {f"objective.views.{view}.context": found for view, found in self._plan.contexts.items()}
-        return views if self._guide is None else {**views, "sampling.context": (self._guide,)}
+        return views if self._guide is None else {**views, GUIDE: (self._guide,)}
 
     def _check_template(self, where: str, template: ContextTemplate) -> None:
         if template.system is not None and not self._encoder.chats:
@@ -245,10 +250,13 @@ class ContextBuilder:
     ) -> TutelageError:
         rollout = "" if place is None else f", response {place},"
         absent = "; ".join(", ".join(f"{{{name}}}" for name in names) for names in lacking)
-        return invalid(
-            f"{where}: {self._prompts.place(group.index)}{rollout} lacks {absent}; give the field"
-            + (', another template, or missing = "same" for the view' if place is not None else "")
-        )
+        remedy = "" if where == GUIDE else ', another template, or missing = "same" for the view'
+        row = self._prompts.place(group.index)
+        return invalid(f"{where}: {row}{rollout} lacks {absent}; give the field{remedy}")
+
+
+def _places(group: Sampled) -> Sequence[int | None]:
+    return range(len(group.texts)) if group.texts else (None,)
 
 
 def without_thinking(tokenizer: Any, responses: Sequence[Int32Array]) -> tuple[str, ...]:

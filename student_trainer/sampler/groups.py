@@ -16,11 +16,10 @@ from services import tracing
 from student_trainer.lineage import Lineage, to_proto
 from student_trainer.objective.compile import Plan
 from student_trainer.sampler.candidates import student_candidates
-from student_trainer.sampler.contexts import Context, ContextBuilder, Sampled, without_thinking
-from student_trainer.sampler.data import PromptSource
+from student_trainer.sampler.contexts import Context, Sampled, without_thinking
+from student_trainer.sampler.examples import Examples
 from student_trainer.sampler.generate import Generator, Response, Row
-from student_trainer.sampler.labels import ExampleLabels
-from student_trainer.sampler.prompts import EncodedPrompt, PromptEncoder
+from student_trainer.sampler.prompts import EncodedPrompt
 from student_trainer.sampler.settings import SamplingSettings
 from student_trainer.sampler.uniforms import uniforms
 from student_trainer.tasks import Example
@@ -54,8 +53,7 @@ class GroupSampler:
     """Samples groups by index; stateless but for the student's weights.
 
     Args:
-        contexts: what privileged views and, with [sampling] context, the student itself see.
-        labels: tags and factors of the examples.
+        examples: prompts, and what privileged views and, with [sampling] context, the student itself see.
         pins: per teacher name, conditions sent with its requests.
         student_model: the student for packed forwards, needed where responses are sampled by another model
             or under another context, and the plan asks for the student's candidates.
@@ -68,10 +66,7 @@ class GroupSampler:
         seed: int,
         sampling: SamplingSettings,
         plan: Plan,
-        prompts: PromptSource,
-        encoder: PromptEncoder,
-        contexts: ContextBuilder,
-        labels: ExampleLabels,
+        examples: Examples,
         tokenizer: Any,
         student: Generator,
         student_model: Any,
@@ -82,11 +77,11 @@ class GroupSampler:
         self.seed = seed
         self.sampling = sampling
         self.plan = plan
-        self.prompts = prompts
-        self.encoder = encoder
+        self.prompts = examples.prompts
+        self.encoder = examples.encoder
         self.student = student
-        self._contexts = contexts
-        self._labels = labels
+        self._contexts = examples.contexts
+        self._labels = examples.labels
         self._tokenizer = tokenizer
         self._student_model = student_model
         self._pins = pins

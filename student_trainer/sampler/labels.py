@@ -54,11 +54,10 @@ class ExampleLabels:
         value: Any = example.fields.get(field)
         if value is None:
             raise self._lacks(setting, field, index, example)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise invalid(
-                f"{setting}: {self._prompts.place(index)} has {field} = {value!r}, allowed: a finite number"
-            )
-        return float(value)
+        if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf:
+            return float(value)
+        place = self._prompts.place(index)
+        raise invalid(f"{setting}: {place} has {field} = {value!r}, allowed: a finite number of at least 0")
 
     def _lacks(self, setting: str, field: str, index: int, example: Example) -> TutelageError:
         place, fields = self._prompts.place(index), sorted(example.fields)
