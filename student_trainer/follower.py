@@ -45,6 +45,8 @@ def follow(learner: Learner, ranks: Ranks) -> bool:
                 write_part(Path(told["directory"]), learner.state_tensors(), ranks)
             case "export":
                 learner.student.weights(keep=False)
+            case "export_ema" if learner.ema is not None:
+                learner.student.weights(learner.ema.averages, keep=False)
             case "export_adapter":
                 learner.student.adapter(keep=False)
             case "end":

@@ -22,6 +22,7 @@ from services import tracing
 from student_trainer.batch import MicroBatch, deal, idle_batch, pack_step
 from student_trainer.checkpoint import Checkpoint, load_tensors
 from student_trainer.config import TrainingSettings
+from student_trainer.ema import Ema
 from student_trainer.exchange import (
     Outcome,
     decode_micro_batches,
@@ -42,10 +43,20 @@ log = structlog.get_logger(__name__)
 
 
 class Learner:
-    """Student, optimizer and plan; a rank's part of them where there are several."""
+    """Student, optimizer and plan; a rank's part of them where there are several.
+
+    Args:
+        with_ema: keep a moving average of the student too, at the plan's rate.
+    """
 
     def __init__(
-        self, student: Student, plan: Plan, settings: TrainingSettings, ranks: Ranks = ALONE
+        self,
+        student: Student,
+        plan: Plan,
+        settings: TrainingSettings,
+        ranks: Ranks = ALONE,
+        *,
+        with_ema: bool = False,
     ) -> None:
         self.student = student
         self.plan = plan
@@ -56,6 +67,7 @@ class Learner:
         shard(self._pass, student.model, student.dtype, ranks)
         self._parameters = student.trained()
         self._optimizer = build_optimizer(self._parameters, settings)
+        self.ema = Ema(student, plan.ema_rate) if with_ema else None
 
     def step(
         self,
@@ -115,6 +127,12 @@ class Learner:
         self._ranks.tell("export")
         self.student.export(directory)
 
+    def export_ema(self, directory: Path) -> None:
+        """Write the student's moving average, in the same way."""
+        assert self.ema is not None
+        self._ranks.tell("export_ema")
+        self.student.export(directory, self.ema.averages)
+
     def export_adapter(self, directory: Path) -> None:
         """Write the adapters alone, in the same way."""
         self._ranks.tell("export_adapter")
@@ -124,6 +142,8 @@ class Learner:
         """Everything a resumed run needs, by name. Tensors are live: loading into them restores them."""
         tensors: dict[str, Tensor] = {f"model.{name}": p.detach() for name, p in self._parameters}
         tensors |= optimizer_tensors(self._optimizer, self._parameters)
+        if self.ema is not None:
+            tensors |= self.ema.state_tensors()
         tensors["random.cpu"] = torch.get_rng_state()
         if self.student.device.type == "cuda":
             tensors["random.cuda"] = torch.cuda.get_rng_state(self.student.device)
@@ -237,6 +257,8 @@ class Learner:
             with tracing.span("optimizer"):
                 set_learning_rate(self._optimizer, learning_rate(self._settings, step))
                 self._optimizer.step()
+                if self.ema is not None:
+                    self.ema.update()
         self._optimizer.zero_grad(set_to_none=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,14 +38,40 @@ class Student:
         """Trained parameters by name, each once (tied weights have one name)."""
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
+    def moving(self) -> Iterator[tuple[str, Tensor]]:
+        """What training changes, by the name of the weight: the weights, or what adapters add to them.
+
+        Of a model that is spread over several ranks, all ranks go through this together.
+        """
+        if not self.lora:
+            yield from self.trained()
+            return
+        for name, module in _adapted(self.model):
+            delta, base = module.get_delta_weight(_ADAPTER), module.get_base_layer().weight
+            yield (
+                f"{name}.weight",
+                delta.redistribute(placements=base.placements) if isinstance(delta, DTensor) else delta,
+            )
+
     @torch.no_grad()
-    def weights(self, *, keep: bool = True) -> dict[str, Tensor]:
+    def weights(
+        self, averages: Mapping[str, Tensor] | None = None, *, keep: bool = True
+    ) -> dict[str, Tensor]:
         """Weights of the whole model in `dtype`, adapters merged in.
 
         Of a model that is spread over several ranks, all ranks call this together; those that do not
         `keep` the weights get an empty dictionary.
+
+        Args:
+            averages: in place of what `moving` yields.
         """
-        state = _merged(self.model) if self.lora else self.model.state_dict(keep_vars=True)
+        if self.lora:
+            state = _merged(self.model, dict(self.moving() if averages is None else averages))
+        else:
+            state = self.model.state_dict(keep_vars=True)
+            if averages is not None:  # by identity: tied weights have two names there and one here
+                instead = {id(p): averages[name] for name, p in self.trained()}
+                state = {name: instead.get(id(tensor), tensor) for name, tensor in state.items()}
         return _whole(state, self.dtype, keep)
 
     def adapter(self, *, keep: bool = True) -> dict[str, Tensor]:
@@ -52,10 +79,14 @@ class Student:
         state = self.model.state_dict(keep_vars=True)
         return _whole({name: t for name, t in state.items() if "lora_" in name}, None, keep)
 
-    def export(self, directory: Path) -> None:
-        """Write a Hugging Face directory that `from_pretrained` loads; adapters are merged in."""
+    def export(self, directory: Path, averages: Mapping[str, Tensor] | None = None) -> None:
+        """Write a Hugging Face directory that `from_pretrained` loads; adapters are merged in.
+
+        Args:
+            averages: see `weights`.
+        """
         inner = self.model.get_base_model() if self.lora else self.model
-        inner.save_pretrained(directory, state_dict=self.weights())
+        inner.save_pretrained(directory, state_dict=self.weights(averages))
         if self.dtype != inner.dtype:
             _declare_dtype(directory / "config.json", self.dtype)
         if self.tokenizer is not None:
@@ -109,20 +140,25 @@ def _with_adapters(model: Any, settings: LoraSettings) -> Any:
     return wrapped
 
 
-def _merged(model: Any) -> dict[str, Tensor]:
+def _adapted(model: Any) -> Iterator[tuple[str, Any]]:
+    """Every layer of the model underneath that has an adapter, by name."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, LoraLayer):
+            yield name, module
+
+
+def _merged(model: Any, deltas: dict[str, Tensor]) -> dict[str, Tensor]:
     """State of the model underneath with each adapter's product added; nothing is changed in place.
 
     Merging in place and undoing it would leave rounding in the frozen weights, and a resumed run
     would then differ from an uninterrupted one.
-    """
-    from peft.tuners.lora import LoraLayer
 
+    Args:
+        deltas: what is added, by the name of the weight.
+    """
     base = model.get_base_model()
-    deltas = {
-        f"{name}.weight": module.get_delta_weight(_ADAPTER)
-        for name, module in base.named_modules()
-        if isinstance(module, LoraLayer)
-    }
     merged: dict[str, Tensor] = {}
     for key, tensor in base.state_dict(keep_vars=True).items():
         if ".lora_" in key:

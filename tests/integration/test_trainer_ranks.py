@@ -25,9 +25,9 @@ from student_trainer.checkpoint import CheckpointStore, find_damage
 from student_trainer.config import LoraSettings
 
 JOBS = [
-    Job("full weights"),
-    Job("tied head", model="tied"),
-    Job("adapters", lora=LoraSettings(rank=3)),  # of an odd rank: shards of two rows and of one
+    Job("full weights", ema=True),
+    Job("tied head", model="tied", ema=True),
+    Job("adapters", lora=LoraSettings(rank=3), ema=True),  # of an odd rank: shards of two rows and of one
     Job("adapters of rank one", lora=LoraSettings(rank=1)),  # the second rank holds no row of them
     Job("experts", model="moe", groups=2),
     Job("reward", objective={"preset": "grpo"}),
@@ -122,6 +122,11 @@ def test_two_ranks_make_the_steps_of_one_process(job: Job, together: dict[str, R
     assert_same_weights(got, expected)
     if job.lora is not None:
         assert_same_weights(got, expected, directory="adapter")
+    if job.ema:
+        assert_same_weights(got, expected, directory="ema")
+        assert any(
+            not torch.equal(tensor, got.weights()[name]) for name, tensor in got.weights("ema").items()
+        )
     for step in range(STEPS):
         torch.testing.assert_close(got.traces(step), expected.traces(step), rtol=0, atol=1e-4)
 
@@ -201,6 +206,7 @@ def test_two_ranks_continue_from_what_one_process_saved(
     got = together[f"{job.name}, resumed"]
     assert_same_figures(got, expected)
     assert_same_weights(got, expected)
+    assert_same_weights(got, expected, directory="ema")
 
 
 def test_exports_of_two_ranks_are_loaded_by_transformers(together: dict[str, Result]) -> None:

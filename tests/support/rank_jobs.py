@@ -45,6 +45,7 @@ class Job:
     groups: int = 5
     lengths: tuple[int, ...] = (3, 5)
     micro_batch_tokens: int = 64
+    ema: bool = False
     updates: int = 1
     distill_open: bool | None = None
     poisoned: int | None = None  # in step 1, this group meets a token whose embedding is infinite
@@ -92,6 +93,8 @@ def run_job(job: Job, models: Path, out: Path, ranks: Ranks) -> None:
     learner.export(out / "student")
     if job.lora is not None:
         learner.export_adapter(out / "adapter")
+    if job.ema:
+        learner.export_ema(out / "ema")
     ranks.tell("end", finished=True)
 
 
@@ -196,7 +199,7 @@ def _learner(job: Job, models: Path, ranks: Ranks) -> Learner:
             "updates_per_step": job.updates,
         }
     )
-    return Learner(student, make_plan(**job.objective), settings, ranks)
+    return Learner(student, make_plan(**job.objective), settings, ranks, with_ema=job.ema)
 
 
 def _groups(job: Job, plan: Plan, step: int) -> list[TrainingGroup]:
