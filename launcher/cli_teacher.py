@@ -37,6 +37,15 @@ def teacher(
         str, typer.Option(help="transformers, vllm, or fake (no model, for tests).")
     ] = "transformers",
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]DIR",
+            help="A LoRA adapter (PEFT): another teacher, called NAME, on the same engine; without NAME, of "
+            "the replica's own name, in place of the bare model. With engine vllm it may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     max_batch_tokens: Annotated[
@@ -139,6 +148,8 @@ def teacher(
 
       tutelage teacher --follow runs/run/ema --name run.ema --queue redis://10.0.0.5:6379
 
+      tutelage teacher --model ./base --engine vllm --adapter math=./math-lora --adapter code=./code-lora
+
       tutelage teacher --engine fake --set fake.vocab_size=32
     """
     engine_args = _engine_args(context, engine)
@@ -152,6 +163,7 @@ def teacher(
             "model": model,
             "follow": follow,
             "revision": revision,
+            "adapters": _adapters(adapter or [], name),
             "dtype": dtype,
             "device": device,
             "max_batch_tokens": max_batch_tokens,
@@ -208,6 +220,19 @@ def _engine_args(context: typer.Context, engine: str) -> dict[str, Any]:
         return parse_engine_arguments(context.args)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--engine vllm") from error
+
+
+def _adapters(words: list[str], own_name: str) -> dict[str, str]:
+    """Directories by teacher name, from [NAME=]DIR; what has a slash before its '=' is a directory."""
+    adapters: dict[str, str] = {}
+    for word in words:
+        name, equals, directory = word.partition("=")
+        if not equals or "/" in name:
+            name, directory = own_name, word
+        if name in adapters:
+            raise typer.BadParameter(f"got two for {name!r}, each teacher has one", param_hint="--adapter")
+        adapters[name] = directory
+    return adapters
 
 
 def _set(settings: dict[str, Any], text: str) -> None:

@@ -12,6 +12,7 @@ from tutelage_client.errors import TutelageError
 
 from launcher.doctor_checks import (
     Finding,
+    check_adapters,
     check_budgets,
     check_data,
     check_lengths,
@@ -76,6 +77,7 @@ def examine(config: RunConfig, *, download: bool, token: str | None) -> Iterator
             limits[name] = _default_limits()
             if models.student is not None and name in models.teachers:
                 yield from check_match(models.student, name, models.teachers[name])
+    yield from check_adapters(config)
     yield from check_objective(config, limits)
     for name, facts in models.named():
         yield from check_lengths(config, name, facts)

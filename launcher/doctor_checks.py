@@ -9,7 +9,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from tutelage_client.errors import TutelageError
+
 from launcher.model_facts import ModelFacts
+from launcher.replica_sets import replica_sets
 
 if TYPE_CHECKING:
     from tutelage_client.types import Limits, Teacher
@@ -125,6 +128,26 @@ def compare_vocabularies(student: ModelFacts, teacher: str, rows: int) -> Iterat
         yield Finding("warn", subject, f"{both}; the teacher can name ids that the student does not have")
 
 
+def check_adapters(config: RunConfig) -> Iterator[Finding]:
+    """Adapters that are here, and which teachers one engine serves."""
+    from services.models.adapters import read_adapter
+
+    for name, entry in config.teachers.items():
+        if entry.adapter is None or entry.address is not None:
+            continue
+        try:
+            adapter = read_adapter(name, entry.adapter)
+        except TutelageError as error:
+            yield Finding("fail", f"teacher {name}", error.message)
+        else:
+            modules = ", ".join(sorted(adapter.targets))
+            yield Finding("ok", f"teacher {name}", f"adapter of rank {adapter.rank} on {modules}")
+    for replicas in replica_sets(config.teachers):
+        if len(replicas.teachers) > 1:
+            subject = f"teachers {', '.join(replicas.teachers)}"
+            yield Finding("ok", subject, f"share each of {replicas.entry.replicas} vLLM engines")
+
+
 def check_lengths(config: RunConfig, name: str, facts: ModelFacts) -> Iterator[Finding]:
     """A response of full length must fit into the model's positions."""
     wanted = config.sampling.max_new_tokens + (config.data.max_prompt_tokens or 0)
@@ -192,8 +215,10 @@ class Demand:
 def demands(config: RunConfig, student: ModelFacts | None, teachers: dict[str, ModelFacts]) -> list[Demand]:
     """Weights, gradients and optimizer states are counted exactly, activations by a rule of thumb."""
     found = []
-    for name, facts in teachers.items():
-        entry = config.teachers[name]
+    for replicas in replica_sets(config.teachers):
+        name, entry = replicas.name, replicas.entry
+        if (facts := teachers.get(name)) is None:
+            continue
         size = facts.parameters * BYTES[entry.dtype] * ACTIVATION_SHARE
         size += entry.vllm.kv_cache_memory_bytes or 0
         found += [

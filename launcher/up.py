@@ -17,6 +17,7 @@ from tutelage_client.errors import TutelageError
 from launcher.children import ChildSpec, RestartPolicy
 from launcher.progress import make_view
 from launcher.queue_address import QUEUE_URL_VARIABLE
+from launcher.replica_sets import ReplicaSet, replica_sets
 from launcher.snapshots import Lookout
 from launcher.supervisor import Ending, Supervisor, install_signals
 from launcher.vllm_arguments import spell_settings
@@ -25,7 +26,7 @@ from services.logs import log_to_stderr
 if TYPE_CHECKING:
     from launcher.progress import View
     from services.queue.embedded import EmbeddedServer
-    from student_trainer.config import RunConfig, TeacherEntry
+    from student_trainer.config import RunConfig
 
 STATE = "up.json"
 EXIT_CODES: dict[Ending, int] = {"finished": 0, "failed": 1, "stopped": 130}
@@ -92,9 +93,9 @@ def child_specs(config: RunConfig, run_file: Path, queue_url: str) -> tuple[Chil
     specs = []
     # The address may hold a password; a command line is for every user of the machine to read.
     queue = {QUEUE_URL_VARIABLE: queue_url}
-    for name, entry in config.teachers.items():
-        if entry.address is None:
-            specs += [_replica(config, name, entry, index, queue) for index in range(entry.replicas)]
+    for replicas in replica_sets(config.teachers):
+        if replicas.entry.address is None:
+            specs += [_replica(config, replicas, index, queue) for index in range(replicas.entry.replicas)]
     train = ("train", str(run_file))
     specs.append(ChildSpec("trainer", "trainer", train, grace_seconds=120.0, environment=queue))
     for name in (f"sampler-{index}" for index in range(config.sampling.replicas)):
@@ -103,9 +104,8 @@ def child_specs(config: RunConfig, run_file: Path, queue_url: str) -> tuple[Chil
     return tuple(specs)
 
 
-def _replica(
-    config: RunConfig, name: str, entry: TeacherEntry, index: int, queue: Mapping[str, str]
-) -> ChildSpec:
+def _replica(config: RunConfig, replicas: ReplicaSet, index: int, queue: Mapping[str, str]) -> ChildSpec:
+    name, entry = replicas.name, replicas.entry
     replica = f"{name}-{index}"
     arguments = [
         *(
@@ -128,6 +128,8 @@ def _replica(
         arguments += ["--model", entry.model]
     if entry.revision is not None:
         arguments += ["--revision", entry.revision]
+    for teacher, directory in replicas.adapters.items():
+        arguments += ["--adapter", f"{teacher}={directory}"]
     if config.run.deterministic:
         arguments.append("--deterministic")
     arguments += spell_settings(entry.vllm)

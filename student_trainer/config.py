@@ -84,6 +84,11 @@ class TeacherEntry(_Section):
 
     model: str | None = Field(None, description="local directory or hub id; only the fake engine has none")
     revision: str | None = Field(None, description="hub revision (a commit, a tag or a branch)")
+    adapter: Path | None = Field(
+        None,
+        description="directory of a LoRA adapter (PEFT): model and adapter together are this teacher. With "
+        "engine vllm, teachers that differ in their adapter alone share one engine",
+    )
     engine: Literal["transformers", "vllm", "fake"] = Field(
         "transformers", description="what computes the scores"
     )
@@ -113,6 +118,8 @@ class TeacherEntry(_Section):
     @model_validator(mode="after")
     def _fits_the_engine(self) -> Self:
         check_engine(self)
+        if self.adapter is not None and self.engine == "fake":
+            raise ValueError(f"adapter: got {str(self.adapter)!r}, the engine 'fake' has no model to change")
         return self
 
 

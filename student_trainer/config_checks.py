@@ -83,6 +83,8 @@ def _check_sampler(config: RunConfig) -> None:
     if not sampler.startswith("teacher:"):
         return
     entry = config.teachers.get(sampler.removeprefix("teacher:"))
+    if entry is not None and entry.adapter is not None:
+        raise ValueError(f"[sampling] sampler: got {sampler!r}, which has an adapter; samplers load none")
     if entry is None or entry.model is None:
         known = ", ".join(sorted(name for name, t in config.teachers.items() if t.model)) or "none"
         raise ValueError(f"[sampling] sampler: got {sampler!r}, teachers with a model are {known}")

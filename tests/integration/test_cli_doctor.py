@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from click.testing import Result
+from support.adapters import MATH, save_adapter
 from support.teachers import teacher_process
 from support.training_run import write_model
 from typer.testing import CliRunner
@@ -132,6 +133,23 @@ def test_whether_vllm_is_installed_is_said_where_it_is_needed(
     assert result.exit_code == (0 if here else 1)
     (said,) = [line for line in lines(result, "ok" if here else "fail") if line.startswith("vllm")]
     assert "teacher big" in said
+
+
+def test_adapters_are_read_and_share_one_engine(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launcher.doctor_checks.find_spec", lambda name: object())  # as if vLLM were here
+    save_adapter(root / "math", MATH)
+    engine = f'model = "{root}/teacher"\nengine = "vllm"\nvllm.kv_cache_memory_bytes = 100000000'
+    teacher = f'{engine}\n[teachers.math]\n{engine}\nadapter = "{root}/math"'
+    views = "[objective.views.teacher]\nweights = 'teacher:big'"
+    shown = examine(root, teacher=f"{teacher}\n{views}").output
+    assert "adapter of rank 3 on q_proj, v_proj" in " ".join(shown.split())
+    assert "teachers big, math" in shown
+    assert "share each of 1 vLLM engines" in shown
+    assert re.search(r"big-0 1\d\d MB", shown), "weights and cache are counted once"
+    assert "math-0" not in shown
+    refused = examine(root, teacher=f'model = "{root}/teacher"\nadapter = "{root}/nowhere"')
+    assert refused.exit_code == 1
+    assert "which has no adapter_config.json" in refused.output
 
 
 @pytest.mark.parametrize(("tokens", "refused"), [(40_000, False), (140_000, True)])

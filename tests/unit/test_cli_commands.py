@@ -21,7 +21,7 @@ from student_trainer.config import QueueSettings, parse_run_config
 
 COMMANDS = (
     "quickstart", "up", "teacher", "rollout", "train", "exporter",
-    "status", "score", "doctor", "report", "bench",
+    "status", "sample", "score", "doctor", "report", "bench",
 )  # fmt: skip
 HEAVY = ("torch", "transformers", "fastapi", "uvicorn", "grpc", "redis", "numpy", "matplotlib", "vllm")
 
@@ -151,6 +151,43 @@ def test_vllm_settings_of_a_run_file_reach_the_replica_that_up_starts(
     assert spec.environment["OMP_NUM_THREADS"] == "3"
 
 
+def test_adapters_are_teachers_of_their_own_name_or_of_the_replica_s(started: list[TeacherSettings]) -> None:
+    vllm = ["teacher", "--model", "base", "--engine", "vllm", "--adapter"]
+    assert tutelage(*vllm, "math=runs/math", "--adapter", "./code=2", "--name", "code").exit_code == 0
+    assert started[-1].adapters == {"math": Path("runs/math"), "code": Path("./code=2")}
+    assert tutelage("teacher", "--model", "base", "--adapter", "runs/math").exit_code == 0
+    assert started[-1].adapters == {"teacher": Path("runs/math")}
+
+
+def test_teachers_that_differ_in_their_adapter_alone_share_the_processes_that_up_starts(
+    started: list[TeacherSettings], tmp_path: Path
+) -> None:
+    vllm = {"model": "base", "engine": "vllm", "replicas": 2}
+    teachers = {
+        "math": {**vllm, "adapter": "runs/math"},
+        "general": vllm,
+        "code": {**vllm, "adapter": "runs/code"},
+        "again": vllm,
+        "half": {**vllm, "adapter": "runs/half", "dtype": "bfloat16"},
+        "merged": {"model": "base", "adapter": "runs/math"},
+        "elsewhere": {**vllm, "adapter": "runs/far", "address": "10.0.0.7:50051"},
+    }
+    config = parse_run_config(tomllib.loads(RUN_FILE) | {"teachers": teachers})
+    specs = [
+        spec for spec in child_specs(config, tmp_path / "run.toml", "redis://q") if spec.role == "teacher"
+    ]
+    names = ["general-0", "general-1", "again-0", "again-1", "half-0", "half-1", "merged-0"]
+    assert [spec.name for spec in specs] == names
+    for spec in (specs[0], specs[2], specs[4], specs[6]):
+        assert tutelage(*spec.arguments).exit_code == 0
+    assert [(settings.name, set(settings.adapters)) for settings in started] == [
+        ("general", {"math", "code"}),
+        ("again", set()),
+        ("half", {"half"}),
+        ("merged", {"merged"}),
+    ]
+
+
 def test_several_processes_that_torchrun_did_not_start_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,6 +230,18 @@ BAD_INPUT = {
         "without a token",
     ),
     "fake setting without a value": (["teacher", "--engine", "fake", "--set", "fake.seed"], "KEY=VALUE"),
+    "two adapters under one name": (
+        ["teacher", "--model", "m", "--engine", "vllm", "--adapter", "a=x", "--adapter", "a=y"],
+        "got two for 'a'",
+    ),
+    "adapters of an engine that merges one": (
+        ["teacher", "--model", "m", "--adapter", "math=x", "--adapter", "code=y"],
+        "adapters: got code, math; the engine 'transformers' merges one into the model",
+    ),
+    "argument of vLLM's that the adapters decide": (
+        ["teacher", "--model", "m", "--engine", "vllm", "--max-lora-rank", "8"],
+        "got 'max_lora_rank', which is not for a run to choose",
+    ),
     "unknown fake setting": (["teacher", "--engine", "fake", "--set", "fake.sed=1"], "fake.sed"),
     "unknown option": (
         ["teacher", "--engine", "fake", "--max-batch-token", "5"],

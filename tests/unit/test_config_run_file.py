@@ -118,6 +118,12 @@ def test_every_problem_is_listed(tmp_path: Path) -> None:
         ("[teachers.large]", '[teachers."a b"]', "'a b'"),
         ("steps = 10", "steps = 10\n[sampling]\nsampler = 'teacher:huge'", "teachers with a model are large"),
         (
+            'model = "models/teacher"\n',
+            "model = 'm'\nadapter = 'a'\n[sampling]\nsampler = 'teacher:large'\n",
+            "which has an adapter; samplers load none",
+        ),
+        ('model = "models/teacher"', "engine = 'fake'\nadapter = 'a'", "the engine 'fake' has no model to"),
+        (
             'task = "addition"',
             "path = 'x.jsonl'\nholdout=0.0\n[training]\nevaluate_every=5\n#",
             "holdout is 0",
