@@ -23,7 +23,7 @@ from benchmarks.learning import report
 from benchmarks.learning.arms import Experiment, Sizes
 from benchmarks.learning.crew import Crew
 from benchmarks.learning.experiments import EXPERIMENTS, chosen
-from benchmarks.learning.tasks import Task, plan_tasks, read_result, source_version
+from benchmarks.learning.tasks import Task, plan_tasks, read_result, result_path, source_version
 from benchmarks.learning.verdicts import Findings
 
 QUICK = Sizes(steps=5, responses=32, evaluation_prompts=50)
@@ -45,7 +45,7 @@ def main() -> int:
             crew.do(tasks)
         except KeyboardInterrupt:
             print("interrupted; what is done is kept", file=sys.stderr)
-    findings = [findings_of(experiment, tasks) for experiment in experiments]
+    findings = [findings_of(experiment, seeds, options.directory, sizes) for experiment in experiments]
     whole = whole_of(tasks, tuple(seeds), sizes)
     kept = not options.quick and len(experiments) == len(EXPERIMENTS) and options.seeds >= FEWEST_SEEDS
     if kept:
@@ -59,12 +59,14 @@ def main() -> int:
     return 1 if crew.failures else 0
 
 
-def findings_of(experiment: Experiment, tasks: Sequence[Task]) -> Findings:
+def findings_of(experiment: Experiment, seeds: Sequence[int], directory: Path, sizes: Sizes) -> Findings:
     """What there is of an experiment."""
-    results: dict[str, dict[int, dict[str, object]]] = {}
-    for task in tasks:
-        if task.experiment == experiment.name and task.done:
-            results.setdefault(task.arm, {})[task.seed] = read_result(task.path)
+    results: dict[str, dict[int, dict[str, object]]] = {arm.name: {} for arm in experiment.arms}
+    for arm in experiment.arms:
+        for seed in seeds:
+            path = result_path(directory, experiment, arm, seed, sizes)
+            if path.exists():
+                results[arm.name][seed] = read_result(path)
     return Findings(experiment, results)
 
 

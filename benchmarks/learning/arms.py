@@ -185,11 +185,14 @@ def arm_key(
     sizes: Sizes,
     specs: Mapping[str, ModelSpec] = MODELS,
 ) -> str:
-    """A name for the result that changes with everything that decides it."""
+    """A name for the result that changes with everything that decides it, and with nothing else.
+
+    Arms of two experiments that are the same but for their names have one result.
+    """
     models = [model_path(Path(), name, seed, specs).name for name in arm.models(specs)]
     document = {
         "version": CONTENT_VERSION,
-        "arm": asdict(replace(arm, objective=dict(arm.objective), teachers=dict(arm.teachers))),
+        "arm": asdict(replace(arm, name="", objective=dict(arm.objective), teachers=dict(arm.teachers))),
         "sets": [asdict(answered) for answered in experiment.sets],
         "judge": experiment.judge,
         "sizes": asdict(sizes),
@@ -197,4 +200,4 @@ def arm_key(
         "models": models,
     }
     digest = hashlib.sha256(json.dumps(document, sort_keys=True, default=list).encode()).hexdigest()
-    return f"{experiment.name}-{digest[:12]}"
+    return f"arm-{seed}-{digest[:12]}"

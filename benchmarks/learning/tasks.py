@@ -16,7 +16,7 @@ from benchmarks.learning.models import MODELS, ModelSpec, model_path
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One model to train (arm "") or one arm to run; `path` is there when it is done."""
+    """One model to train (arm "") or one arm to run, in whose name; `path` is there when it is done."""
 
     experiment: str
     arm: str

@@ -37,7 +37,7 @@ def do(task: dict[str, Any], directory: Path, sizes: Sizes, source: str) -> None
     write_result(
         Path(task["path"]),
         {
-            "experiment": experiment.name, "arm": task["arm"], "seed": task["seed"], "source": source,
+            "arm": task["arm"], "seed": task["seed"], "source": source,
             "began": began, "ended": time.time(), "cpu_seconds": time.process_time() - worked,
             "warnings": list(session.plan.warnings), **asdict(course),
         },
