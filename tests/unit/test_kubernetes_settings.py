@@ -105,7 +105,7 @@ def run_file(target: str, tmp_path: Path) -> RunConfig:
     """The run of a stack, as its trainer would read it."""
     (trainer,) = (pod for pod in all_pods(target) if pod.title == "Job tutelage-trainer")
     path = environment(target, trainer.spec["containers"][0])["RUN_FILE"]
-    if path.startswith("/work/recipes/"):
+    if path.startswith("/app/recipes/"):
         return load_run_config(ROOT / "recipes" / Path(path).name)
     (mounted,) = (v["configMap"]["name"] for v in trainer.spec["volumes"] if "configMap" in v)
     (content,) = (t["data"] for t in of_kind(target, "ConfigMap") if t["metadata"]["name"] == mounted)
