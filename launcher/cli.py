@@ -12,6 +12,7 @@ import typer
 
 from launcher.cli_errors import one_line_errors
 from launcher.cli_look import exporter, status
+from launcher.cli_score import sample, score
 from launcher.cli_teacher import PASSES_OPTIONS_ON, teacher
 from launcher.queue_address import PASSWORD_BELONGS, QUEUE_URL_VARIABLE, given_queue_url
 
@@ -254,57 +255,8 @@ def report(
         print(write_report(run_directory))
 
 
-@app.command(rich_help_panel=LOOK)
-def score(
-    file: Annotated[Path, typer.Argument(metavar="FILE.jsonl", show_default=False, help="What to score.")],
-    *,
-    teacher: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="A running teacher.")] = None,
-    model: Annotated[
-        str | None, typer.Option(metavar="PATH_OR_ID", help="Load this model here instead.")
-    ] = None,
-    engine: Annotated[
-        str, typer.Option(help="What computes with --model: transformers or vllm.")
-    ] = "transformers",
-    tokenizer: Annotated[
-        str | None, typer.Option(metavar="PATH_OR_ID", help="For text; the model's own by default.")
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="A .parquet or .jsonl file. [default: FILE.scores.jsonl]")
-    ] = None,
-    top_k: Annotated[int, typer.Option(min=0, help="Most probable tokens per position.")] = 0,
-    entropy: Annotated[bool, typer.Option("--entropy", help="Also the teacher's entropy.")] = False,
-    temperature: Annotated[float, typer.Option(help="Temperature of the log-probabilities.")] = 1.0,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one request.")] = 16_384,
-    token: Token = None,
-) -> None:
-    """Score the responses of a file against a teacher.
-
-    Each line is an object with context_ids and response_ids, or with prompt and
-    response as text (then --tokenizer or --model says how to read it), and
-    optionally an id.
-
-    [bold]Examples[/bold]
-
-      tutelage score rollouts.jsonl --teacher 127.0.0.1:50051 --top-k 8 --output scores.parquet
-
-      tutelage score answers.jsonl --model Qwen/Qwen3-8B --engine vllm
-    """
-    with one_line_errors():
-        from tutelage_client.types import Signal
-
-        from launcher.score import ScoreOptions, score_file
-
-        options = ScoreOptions(
-            teacher=teacher,
-            model=model,
-            engine=engine,
-            tokenizer=tokenizer,
-            output=output or file.with_suffix(".scores.jsonl"),
-            signal=Signal(top_k=top_k, entropy=entropy, temperature=temperature),
-            batch_tokens=batch_tokens,
-            token=token,
-        )
-        raise typer.Exit(score_file(file, options))
+app.command(rich_help_panel=LOOK)(sample)
+app.command(rich_help_panel=LOOK)(score)
 
 
 @app.command(rich_help_panel=LOOK)

@@ -1,23 +1,27 @@
-"""`tutelage score`: the responses of a JSONL file against a teacher, written as JSONL or Parquet."""
+"""`tutelage score`: the responses of a JSONL file against a teacher, written as a score file or JSONL."""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 from tutelage_client.errors import TutelageError, invalid
-from tutelage_client.types import Limits, Pins, Score, ScoreRequest, Sequence, Signal
+from tutelage_client.types import Identity, Limits, Pins, Score, ScoreRequest, Sequence, Signal
 
-from launcher.score_files import Row, open_sink, read_rows, record_of
+from launcher.score_files import Row, open_sink, read_rows, scored
+from launcher.score_journal import Journal
+from launcher.score_text import Encoder, check_fingerprint
 from services.logs import log_to_stderr
+from services.score_file import ScoreHeader
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -39,54 +43,120 @@ class ScoreOptions:
     signal: Signal
     batch_tokens: int
     token: str | None
+    name: str = ""
+    written_by: str = ""
 
 
 class Scores(Protocol):
     """Where requests go: a client, or a core over an engine in this process."""
 
-    async def __call__(self, request: ScoreRequest) -> Score: ...
+    def __call__(self, request: ScoreRequest) -> Coroutine[Any, Any, Score]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Scorer:
+    """Who scores, within which limits, and how it is asked."""
+
+    ask: Scores
+    identity: Identity
+    limits: Limits
 
 
 def score_file(source: Path, options: ScoreOptions) -> int:
     """Score every line of `source`; 0 when all were scored, 1 when some were refused.
 
+    A run that was killed, or whose teacher went away, goes on where it stood when it is started again.
+
     Raises:
-        TutelageError: the options, the file or the teacher do not fit; nothing is written then.
+        TutelageError: the options, the file or the teacher do not fit; no output is written then.
     """
     log_to_stderr(logging.WARNING)
     if (options.teacher is None) == (options.model is None):
         raise invalid("give exactly one of --teacher HOST:PORT and --model PATH_OR_ID")
     if options.output.suffix not in (".jsonl", ".parquet"):
         raise invalid(f"--output: got {str(options.output)!r}, must end in .jsonl or .parquet")
-    encode = _Encoder(options.tokenizer or options.model)
-    lines = sum(1 for _ in read_rows(source, encode))  # also finds a bad line before any is scored
-    refused = asyncio.run(_score_all(source, lines, encode, options))
+    encoder = Encoder(options.tokenizer or options.model)
+    lines = sum(1 for _ in read_rows(source, encoder))  # also finds a bad line before any is scored
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    refused = asyncio.run(_score_all(_Source(source, digest, lines, encoder), options))
     print(f"{options.output}: {lines} responses scored" + (f", {refused} refused" if refused else ""))
     return 1 if refused else 0
 
 
-async def _score_all(source: Path, lines: int, encode: _Encoder, options: ScoreOptions) -> int:
-    refused = 0
-    async with _scores(options, encode) as (scores, limits):
-        batch_tokens = min(options.batch_tokens, limits.max_request_tokens)
-        with _progress(lines) as progress, open_sink(options.output) as sink:
-            task = progress.add_task("scoring", total=lines)
-            waiting: deque[tuple[list[Row], asyncio.Task[Score]]] = deque()
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """What is scored."""
 
-            async def take() -> None:
-                nonlocal refused
-                rows, answer = waiting.popleft()
-                for row, sequence in zip(rows, (await answer).sequences, strict=True):
-                    refused += sequence.error is not None
-                    sink.write(record_of(row, sequence))
-                progress.advance(task, len(rows))
+    path: Path
+    digest: str
+    lines: int
+    encoder: Encoder
 
-            for rows in batches(read_rows(source, encode), batch_tokens, limits.max_sequences):
-                waiting.append((rows, asyncio.ensure_future(scores(request_of(rows, options.signal)))))
+    def rows(self, start: int = 0) -> Iterator[Row]:
+        return islice(read_rows(self.path, self.encoder), start, None)
+
+
+async def _score_all(source: _Source, options: ScoreOptions) -> int:
+    async with _scorer(options, source.encoder) as scorer:
+        header = ScoreHeader(scorer.identity, options.signal, options.written_by)
+        belongs_to = {
+            "source": source.digest,
+            "tokenizer": source.encoder.fingerprint,
+            "teacher": asdict(header.identity),
+            "signal": asdict(header.signal),
+            "written_by": header.written_by,
+        }
+        with Journal(options.output, belongs_to) as journal:
+            if journal.done:
+                print(f"{journal.path}: goes on after {journal.done} of {source.lines} responses")
+            await _ask_rest(source, options, scorer, journal)
+            refused = _write(source, options.output, header, journal)
+            journal.remove()
+    return refused
+
+
+async def _ask_rest(source: _Source, options: ScoreOptions, scorer: Scorer, journal: Journal) -> None:
+    """Ask for every line that the journal lacks, and put the answers there in order."""
+    batch_tokens = min(options.batch_tokens, scorer.limits.max_request_tokens)
+    with _progress() as progress:
+        task = progress.add_task("scoring", total=source.lines, completed=journal.done)
+        waiting: deque[asyncio.Task[Score]] = deque()
+
+        async def take() -> None:
+            score = await waiting.popleft()
+            _check_same(score.identity, scorer.identity)
+            journal.append(score)
+            progress.advance(task, len(score.sequences))
+
+        try:
+            for rows in batches(source.rows(journal.done), batch_tokens, scorer.limits.max_sequences):
+                request = request_of(rows, options.signal, scorer.identity)
+                waiting.append(asyncio.create_task(scorer.ask(request)))
                 if len(waiting) == IN_FLIGHT:
                     await take()
             while waiting:
                 await take()
+        finally:
+            for left in waiting:
+                left.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+
+
+def _check_same(got: Identity, expected: Identity) -> None:
+    """A score file has one teacher; a replica that was replaced by another one ends the run."""
+    different = [field for field in Identity.__slots__ if getattr(got, field) != getattr(expected, field)]
+    if different:
+        was, now = ({field: getattr(one, field) for field in different} for one in (expected, got))
+        raise TutelageError("FAILED_PRECONDITION", f"teacher: was {was} when this began and is now {now}")
+
+
+def _write(source: _Source, output: Path, header: ScoreHeader, journal: Journal) -> int:
+    """The output from the source's lines and the journal's answers; how many were refused."""
+    refused = 0
+    with open_sink(output, header) as sink:
+        for row, score in zip(source.rows(), journal.answers(), strict=True):
+            refused += score.error is not None
+            sink.write(scored(row, replace(score, id=row.id)))
     return refused
 
 
@@ -104,8 +174,8 @@ def batches(rows: Iterator[Row], batch_tokens: int, batch_rows: int) -> Iterator
         yield batch
 
 
-def request_of(rows: list[Row], signal: Signal) -> ScoreRequest:
-    """One request; neighbouring rows with the same context share it."""
+def request_of(rows: list[Row], signal: Signal, identity: Identity) -> ScoreRequest:
+    """One request to exactly this teacher; neighbouring rows with the same context share it."""
     contexts: list[Any] = []
     places: dict[bytes, int] = {}
     sequences = []
@@ -115,19 +185,20 @@ def request_of(rows: list[Row], signal: Signal) -> ScoreRequest:
             places[key] = len(contexts)
             contexts.append(row.context_ids)
         sequences.append(Sequence(str(index), places[key], row.response_ids))
-    return ScoreRequest(tuple(contexts), tuple(sequences), signal=signal, pins=Pins())
+    pins = Pins(identity.tokenizer_fingerprint, identity.revision, identity.weights_version)
+    return ScoreRequest(tuple(contexts), tuple(sequences), signal, identity.name, pins)
 
 
 @asynccontextmanager
-async def _scores(options: ScoreOptions, encode: _Encoder) -> AsyncIterator[tuple[Scores, Limits]]:
-    """A connected teacher whose tokenizer matches, or a loaded model; and what it takes at once."""
+async def _scorer(options: ScoreOptions, encoder: Encoder) -> AsyncIterator[Scorer]:
+    """A connected teacher whose tokenizer matches, or a loaded model."""
     if options.teacher is not None:
         from tutelage_client import AsyncTeacherClient
 
         async with AsyncTeacherClient(options.teacher, token=options.token) as client:
-            served = await client.get_teacher(timeout=10.0)
-            _check_fingerprint(encode, served.identity.tokenizer_fingerprint)
-            yield client.score_request, served.limits
+            served = await client.get_teacher(options.name, timeout=10.0)
+            check_fingerprint(encoder, served.identity.tokenizer_fingerprint)
+            yield Scorer(client.score_request, served.identity, served.limits)
         return
     from services.api.core import ScoringCore
     from services.teacher.build import build_engine
@@ -137,7 +208,7 @@ async def _scores(options: ScoreOptions, encode: _Encoder) -> AsyncIterator[tupl
     try:
         core = ScoringCore(engine, max_queued_tokens=2**62, max_message_bytes=2**31 - 1)
         core.open()
-        yield partial(core.score, transport="queue"), engine.limits
+        yield Scorer(partial(core.score, transport="queue"), engine.identity, engine.limits)
     finally:
         await engine.close()
 
@@ -146,53 +217,14 @@ def _engine_settings(options: ScoreOptions) -> TeacherSettings:
     from services.teacher.settings import TeacherSettings
 
     settings: dict[str, Any] = {"model": options.model, "engine": options.engine}
+    if options.name:
+        settings["name"] = options.name
     if options.engine == "transformers":
         settings["max_batch_tokens"] = options.batch_tokens
     return TeacherSettings.model_validate(settings)
 
 
-class _Encoder:
-    """Text to ids with one tokenizer, loaded when the first text comes."""
-
-    def __init__(self, name: str | None) -> None:
-        self._name = name
-        self._tokenizer: Any = None
-
-    @property
-    def used(self) -> Any:
-        """The tokenizer, once it has been used."""
-        return self._tokenizer
-
-    def __call__(self, text: str) -> Any:
-        if self._tokenizer is None:
-            if self._name is None:
-                raise invalid(
-                    "the file holds text; name its --tokenizer, or give context_ids and response_ids"
-                )
-            from transformers import AutoTokenizer
-
-            try:
-                self._tokenizer = AutoTokenizer.from_pretrained(self._name)
-            except OSError as error:
-                raise invalid(f"--tokenizer: {self._name} cannot be loaded: {error}") from error
-        return np.asarray(self._tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
-
-
-def _check_fingerprint(encode: _Encoder, fingerprint: str) -> None:
-    if encode.used is None:
-        return
-    from services.models.fingerprint import tokenizer_fingerprint
-
-    own = tokenizer_fingerprint(encode.used)
-    if fingerprint and own != fingerprint:
-        raise TutelageError(
-            "FAILED_PRECONDITION",
-            f"--tokenizer: fingerprint {own[:12]}…, the teacher's is {fingerprint[:12]}…: "
-            "ids would stand for other text",
-        )
-
-
-def _progress(total: int) -> Progress:
+def _progress() -> Progress:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -27,6 +27,7 @@ ALLOWED = {
     "services/teacher": {
         "services.access",
         "services.api",
+        "services.score_file",
         "services.exit_status",
         "services.logs",
         "services.queue",
@@ -42,6 +43,7 @@ ALLOWED = {
         "services.queue",
         "services.queue_address",
         "services.models",
+        "services.score_file",
         "services.strict_json",
         "services.tracing",
     },
