@@ -34,8 +34,15 @@ def teacher(
     ] = None,
     name: Annotated[str, typer.Option(help="The name callers ask for.")] = "teacher",
     engine: Annotated[
-        str, typer.Option(help="transformers, vllm, or fake (no model, for tests).")
+        str,
+        typer.Option(help="transformers, vllm, file (answers from --scores), or fake (no model, for tests)."),
     ] = "transformers",
+    scores: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.parquet", help="What `tutelage score` wrote, for --engine file.", show_default=False
+        ),
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
     adapter: Annotated[
         list[str] | None,
@@ -161,6 +168,7 @@ def teacher(
             "name": name,
             "engine": engine,
             "model": model,
+            "scores": scores,
             "follow": follow,
             "revision": revision,
             "adapters": _adapters(adapter or [], name),

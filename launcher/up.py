@@ -113,7 +113,7 @@ def _replica(config: RunConfig, replicas: ReplicaSet, index: int, queue: Mapping
             "--name",
             name,
             "--engine",
-            entry.engine,
+            entry.engine if entry.scores is None else "file",
             "--dtype",
             entry.dtype,
             "--device",
@@ -126,6 +126,8 @@ def _replica(config: RunConfig, replicas: ReplicaSet, index: int, queue: Mapping
     ]
     if entry.model is not None:
         arguments += ["--model", entry.model]
+    if entry.scores is not None:
+        arguments += ["--scores", str(entry.scores)]
     if entry.revision is not None:
         arguments += ["--revision", entry.revision]
     for teacher, directory in replicas.adapters.items():

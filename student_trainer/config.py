@@ -89,6 +89,11 @@ class TeacherEntry(_Section):
         description="directory of a LoRA adapter (PEFT): model and adapter together are this teacher. With "
         "engine vllm, teachers that differ in their adapter alone share one engine",
     )
+    scores: Path | None = Field(
+        None,
+        description="score file (`tutelage score`) that this teacher answers from, instead of a model: "
+        "no GPU is needed, and no response is answered that is not in it",
+    )
     engine: Literal["transformers", "vllm", "fake"] = Field(
         "transformers", description="what computes the scores"
     )
@@ -109,9 +114,13 @@ class TeacherEntry(_Section):
 
     @model_validator(mode="after")
     def _has_a_model(self) -> Self:
-        if self.model is None and self.engine != "fake" and self.address is None:
+        if self.scores is not None:
+            for key in {"model", "revision", "adapter", "address", "engine"} & self.model_fields_set:
+                raise ValueError(f"{key}: set beside scores; a file is all that such a teacher has")
+        elif self.model is None and self.engine != "fake" and self.address is None:
             raise ValueError(
-                'model: missing; give a local directory or a hub id (only engine = "fake" has none)'
+                "model: missing; give a local directory or a hub id (only scores = FILE and "
+                'engine = "fake" have none)'
             )
         return self
 

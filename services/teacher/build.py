@@ -67,6 +67,10 @@ def _engine(settings: TeacherSettings, limits: Limits) -> Engine:
         from services.teacher.engines.fake import FakeEngine
 
         return FakeEngine(settings.fake, name=settings.name, limits=limits)
+    if settings.scores is not None:
+        from services.teacher.engines.file import FileEngine
+
+        return FileEngine(settings.scores, name=settings.name, limits=limits)
     assert settings.model is not None  # TeacherSettings has checked it
     if settings.engine == "vllm":
         from services.teacher.engines.vllm.engine import VllmEngine

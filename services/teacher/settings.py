@@ -16,7 +16,7 @@ from services.queue_address import QueueAddress
 from services.teacher.cache.settings import CacheSettings
 from services.teacher.engines.fake import FakeSettings
 
-EngineName = Literal["transformers", "vllm", "fake"]
+EngineName = Literal["transformers", "vllm", "fake", "file"]
 TeacherName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]+$")]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -60,6 +60,9 @@ class TeacherSettings(BaseModel):
         default=None,
         description="directory in which a trainer publishes weights: the newest are served, not a model",
     )
+    scores: Path | None = Field(
+        default=None, description="engine file: the score file that it answers from, and no model"
+    )
     dtype: DtypeName = Field(
         default="auto", description="weights and activations; auto: as the model was saved"
     )
@@ -100,8 +103,22 @@ class TeacherSettings(BaseModel):
             for key in ("model", "revision", "adapters", "cache"):
                 if value := getattr(self, key, None):
                     raise ValueError(f"{key}: got {value!r} with follow, whose weights change; leave one out")
-        elif self.engine != "fake" and not self.model:
+        elif self.engine not in ("fake", "file") and not self.model:
             raise ValueError(f"model: got none, engine {self.engine!r} needs a directory or a hub id")
+        return self
+
+    @model_validator(mode="after")
+    def _a_file_is_all_it_has(self) -> TeacherSettings:
+        if (self.engine == "file") != (self.scores is not None):
+            got = "none" if self.scores is None else repr(str(self.scores))
+            raise ValueError(
+                f"scores: got {got}, engine {self.engine!r}; engine 'file' and a file belong together"
+            )
+        for key in ("model", "revision", "adapters", "follow", "cache") if self.engine == "file" else ():
+            if value := getattr(self, key):
+                raise ValueError(
+                    f"{key}: got {value!r} with engine 'file', which answers from its file alone"
+                )
         return self
 
     @model_validator(mode="after")
