@@ -17,6 +17,7 @@ from services.access import LOOPBACK, TokenCheck, TokenSettings, check_exposure
 from services.models.vllm_settings import MAX_BATCH_TOKENS, VllmSettings, check_engine
 from services.queue_address import FORM, is_queue_address
 from student_trainer.config_errors import RunFileError, describe_errors
+from student_trainer.objective.functions import anchored
 from student_trainer.objective.settings import ObjectiveSettings
 from student_trainer.sampler.settings import DataSettings, SamplingSettings
 
@@ -284,6 +285,7 @@ class RunConfig(_Section):
             student_temperature=self.sampling.temperature,
             teachers=sorted(self.teachers),
             run=self.run.name,
+            guided=self.sampling.context is not None,
         )
 
     @model_validator(mode="after")
@@ -309,7 +311,8 @@ def load_run_config(
     queue_url: str | None = None,
     metrics: Mapping[str, Any] | None = None,
 ) -> RunConfig:
-    """Read a run file. Relative paths in it are relative to the working directory.
+    """Read a run file. Relative paths in it are relative to the working directory, but for the files of
+    [objective], which are relative to the run file.
 
     Args:
         sampling_engine: takes the place of [sampling] engine.
@@ -325,6 +328,8 @@ def load_run_config(
         raise RunFileError(str(path), ["there is no such file"]) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RunFileError(str(path), [f"not a TOML document: {error}"]) from error
+    if isinstance(objective := document.get("objective"), dict):
+        document["objective"] = anchored(objective, path.parent.absolute())
     if sampling_engine is not None:
         _choose_engine(document, sampling_engine)
     given = [("queue", "url", queue_url), *(("metrics", *pair) for pair in (metrics or {}).items())]

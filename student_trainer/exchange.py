@@ -18,7 +18,9 @@ from services.models.packed import PackedLayout, build_layout
 from student_trainer.batch import MicroBatch
 from student_trainer.objective.batch import TokenBatch, ViewTensors
 
-_TOKEN_FIELDS = tuple(field.name for field in fields(TokenBatch) if field.name != "views")
+_TOKEN_FIELDS = tuple(
+    field.name for field in fields(TokenBatch) if field.name not in ("views", "view_factors")
+)
 _SUMMARY = "summary"
 
 
@@ -114,7 +116,8 @@ def _token_tensors(tokens: TokenBatch) -> dict[str, Tensor]:
         for view, scores in tokens.views.items()
         for field in fields(ViewTensors)
     }
-    return {name: tensor for name, tensor in (whole | views).items() if tensor is not None}
+    factors = {f"factor/{view}": factor for view, factor in tokens.view_factors.items()}
+    return {name: tensor for name, tensor in (whole | views | factors).items() if tensor is not None}
 
 
 def _tokens(tensors: Mapping[str, Tensor]) -> TokenBatch:
@@ -124,4 +127,12 @@ def _tokens(tensors: Mapping[str, Tensor]) -> TokenBatch:
             _, name, view = key.split("/", 2)
             views.setdefault(view, {})[name] = tensor
     whole = {name: tensors[name] for name in _TOKEN_FIELDS if name in tensors}
-    return TokenBatch(views={view: ViewTensors(**scores) for view, scores in views.items()}, **whole)
+    return TokenBatch(
+        views={view: ViewTensors(**scores) for view, scores in views.items()},
+        view_factors={
+            key.removeprefix("factor/"): tensor
+            for key, tensor in tensors.items()
+            if key.startswith("factor/")
+        },
+        **whole,
+    )

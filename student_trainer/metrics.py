@@ -25,7 +25,7 @@ from student_trainer.verify import TrainingGroup
 log = structlog.get_logger(__name__)
 
 
-COUNTED = ("positions", "gated_reward")
+COUNTED = ("positions", "gated_reward", "renormalised")
 
 
 class Tracker(Protocol):
@@ -87,6 +87,7 @@ def step_record(
         record["reward_mean"] = fmean(rewards)
     record |= {f"seconds_{name}": value for name, value in seconds.items()}
     record |= {f"groups_dropped_{reason}": count for reason, count in sorted(ledger.drop_counts.items())}
+    record |= {f"groups_without_{view}": count for view, count in sorted(ledger.missing_views.items())}
     return record
 
 

@@ -42,6 +42,7 @@ class TokenBatch:
     mask: Tensor  # bool [T], valid and selected
     weight: Tensor  # f32 [T]
     views: Mapping[str, ViewTensors] = field(default_factory=dict)
+    view_factors: Mapping[str, Tensor] = field(default_factory=dict)  # f32 [T] by view with a weight_field
     reward_advantage: Tensor | None = None  # f32 [T]
     sequence_lengths: Tensor | None = None  # int64 [B], sums to T; needed for what looks along a response
     marked: Tensor | None = None  # bool [T], for tokens.marked_only

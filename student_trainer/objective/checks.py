@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 from student_trainer.objective.plan import TRUNCATED
 from student_trainer.objective.settings import (
@@ -70,11 +71,57 @@ def check_estimator(row: ObjectiveSettings, needs_teacher: bool) -> None:
             'objective.tail: got "renormalise_teacher", whose target is zero outside the support; allowed '
             f'only with divergence = "kl_teacher_student", got {row.divergence!r}'
         )
+    if row.estimator == "pathwise" and row.horizon != 0:
+        _check_future(row)
     if row.entry_clip is not None and row.tail in ("stop_gradient", "stop_gradient_mean"):
         raise ObjectiveError(
             f"objective.tail: got {row.tail!r} with entry_clip, which bounds shares that are differentiated; "
             'allowed: "raw", "renormalise", "bucket", or support = "full"'
         )
+
+
+def _check_future(row: ObjectiveSettings) -> None:
+    """Whether the divergences of later positions are what a position can be charged with."""
+    refused = {
+        "tail": (row.tail == "stop_gradient_mean", '"stop_gradient", "renormalise", "bucket"'),
+        "weights.teacher_entropy": (row.weights.teacher_entropy, "false"),
+        "weights.surprise": (row.weights.surprise, "false"),
+        "tokens.top_fraction": (row.tokens.top_fraction is not None, "unset"),
+    }
+    for name, (chosen, allowed) in refused.items():
+        if chosen:
+            raise ObjectiveError(
+                f"objective.horizon: got {row.horizon!r} with {name}, under which the divergence that is "
+                f"trained is not the one that earlier tokens cause; allowed: 0, or {name}: {allowed}"
+            )
+
+
+def check_custom(row: ObjectiveSettings, needs_teacher: bool) -> None:
+    """Whether the user's functions have something to do."""
+    custom = row.custom
+    score_function = needs_teacher and row.estimator == "score_function" and row.mix != "multiply"
+    needs: dict[str, tuple[bool, bool, str]] = {
+        "divergence": (
+            custom.divergence is not None,
+            needs_teacher and row.mix != "multiply",
+            'a teacher and no mix = "multiply"',
+        ),
+        "advantage": (
+            custom.advantage is not None,
+            score_function,
+            'a teacher, estimator = "score_function" and no mix = "multiply"',
+        ),
+        "teacher_entropy": (
+            custom.teacher_entropy,
+            needs_teacher
+            and row.support != "full"
+            and (custom.token_weight is not None or custom.advantage is not None),
+            "a token_weight or an advantage, and a teacher that is asked over the wire",
+        ),
+    }
+    for name, (chosen, fits, reason) in needs.items():
+        if chosen and not fits:
+            raise ObjectiveError(f"objective.custom.{name}: is set, but it only acts with {reason}")
 
 
 def check_gates(row: ObjectiveSettings, needs_teacher: bool) -> None:
@@ -150,7 +197,18 @@ def needs_behaviour(row: ObjectiveSettings, needs_teacher: bool) -> bool:
     return uses_advantage or corrected
 
 
-def check_views(row: ObjectiveSettings, divergence: Divergence, views: Mapping[str, float]) -> None:
+def check_guided(row: ObjectiveSettings, needs_teacher: bool, guided: bool) -> None:
+    """Whether u means something where the sampler's student sees another context."""
+    if guided and needs_teacher and row.log_ratio == "behaviour":
+        raise ObjectiveError(
+            'objective.log_ratio: got "behaviour" with [sampling] context, under which μ is of another '
+            'prompt than p; allowed: "student"'
+        )
+
+
+def check_views(
+    row: ObjectiveSettings, divergence: Divergence | Literal["custom"], views: Mapping[str, float]
+) -> None:
     """Whether the views make a target, on this support and for this estimator."""
     _check_view_clips(row)
     _check_contexts(row)
@@ -202,14 +260,14 @@ def _check_coefficients(row: ObjectiveSettings, views: Mapping[str, float]) -> N
         return
     if row.support == "full":
         raise ObjectiveError(
-            'objective.missing_view: got "renormalise" with support = "full", whose caller brings every view; '
-            'allowed: "drop"'
+            'objective.missing_view: got "renormalise" with support = "full", whose caller brings every '
+            'view; allowed: "drop"'
         )
     clipped = any(view.clip is not None for view in row.views.values())
     if (row.target or "log_linear") == "log_linear" and (clipped or min(views.values()) <= 0):
         raise ObjectiveError(
-            'objective.missing_view: got "renormalise" with target = "log_linear" and a clip or a coefficient '
-            'that is not above 0, where what is left is another target; allowed: "drop"'
+            'objective.missing_view: got "renormalise" with target = "log_linear" and a clip or a '
+            'coefficient that is not above 0, where what is left is another target; allowed: "drop"'
         )
 
 
@@ -227,7 +285,7 @@ def _check_contexts(row: ObjectiveSettings) -> None:
             )
 
 
-def _check_log_linear(row: ObjectiveSettings, divergence: Divergence, got: str) -> None:
+def _check_log_linear(row: ObjectiveSettings, divergence: Divergence | Literal["custom"], got: str) -> None:
     """Σ c_v log q_v stays unnormalised only where its constant cancels."""
     if row.support == "sampled":
         if divergence == "kl_student_teacher" and row.horizon == 0 and row.mix != "multiply":
@@ -255,7 +313,7 @@ def temperature_warnings(temperature: float, student_temperature: float) -> tupl
 
 
 def objective_warnings(
-    row: ObjectiveSettings, divergence: Divergence, needs_teacher: bool
+    row: ObjectiveSettings, divergence: Divergence | Literal["custom"], needs_teacher: bool
 ) -> tuple[str, ...]:
     """What a user should know before starting."""
     if not needs_teacher:
@@ -285,7 +343,7 @@ def objective_warnings(
     return tuple(warnings)
 
 
-def _heavy_tailed(row: ObjectiveSettings, divergence: Divergence) -> bool:
+def _heavy_tailed(row: ObjectiveSettings, divergence: Divergence | Literal["custom"]) -> bool:
     """Whether the weight of a sampled token has no variance worth the name when q and p differ."""
     outside = row.alpha is not None and not 0 <= row.alpha <= 1
     return divergence in HEAVY_TAILED or (divergence == "alpha" and outside)

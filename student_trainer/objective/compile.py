@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from tutelage_client.types import Limits, Signal
 
 from student_trainer.objective.checks import (
     ENTROPY_GATES,
+    check_custom,
     check_estimator,
     check_gates,
+    check_guided,
     check_mix,
     check_views,
     check_weights,
@@ -18,6 +21,7 @@ from student_trainer.objective.checks import (
     objective_warnings,
     temperature_warnings,
 )
+from student_trainer.objective.functions import find_functions
 from student_trainer.objective.plan import (
     DEFAULT_ALPHA,
     DEFAULT_BETA,
@@ -40,6 +44,7 @@ def compile_plan(
     student_temperature: float,
     teachers: Sequence[str] = (),
     run: str = "run",
+    guided: bool = False,
 ) -> Plan:
     """Check an objective and derive what it needs.
 
@@ -48,6 +53,7 @@ def compile_plan(
         student_temperature: at which the rollouts are sampled.
         teachers: names of the run's teachers; empty skips the check of names.
         run: the run's name, of which the teachers with the student's own weights have theirs.
+        guided: whether the sampler's student sees another context than the trainer's.
 
     Raises:
         ObjectiveError: a combination without meaning; says which field and what is allowed.
@@ -58,8 +64,13 @@ def compile_plan(
             f"objective.{name}: set to {getattr(row, name)!r}, but it only acts with {reason}"
         )
     needs_teacher = row.distill_coefficient != 0
+    check_guided(row, needs_teacher, guided)
+    if guided and row.log_ratio is None and row.estimator == "score_function":
+        row = row.model_copy(update={"log_ratio": "student"})
     divergence, beta, alpha = _divergence(row)
     check_mix(row, needs_teacher)
+    custom = find_functions(row.custom)
+    check_custom(row, needs_teacher)
     check_estimator(row, needs_teacher)
     check_gates(row, needs_teacher)
     check_weights(row, needs_teacher)
@@ -114,6 +125,8 @@ def compile_plan(
         entropy_window=row.entropy_window or 0,
         gate=row.gate,
         log_ratio=row.log_ratio or "behaviour",
+        guided=guided,
+        custom=custom,
         view_clips={name: view.clip for name, view in row.views.items() if view.clip is not None},
         contexts={
             name: row.views[name].templates for name in names if row.views and row.views[name].templates
@@ -157,8 +170,10 @@ def check_limits(plan: Plan, teacher: str, limits: Limits) -> list[str]:
     return problems
 
 
-def _divergence(row: ObjectiveSettings) -> tuple[Divergence, float, float]:
+def _divergence(row: ObjectiveSettings) -> tuple[Divergence | Literal["custom"], float, float]:
     """The divergence with its parameters; where a family ends in one of the KLs, that KL."""
+    if row.custom.divergence is not None:
+        return "custom", DEFAULT_BETA, DEFAULT_ALPHA
     beta = DEFAULT_BETA if row.beta is None else row.beta
     alpha = DEFAULT_ALPHA if row.alpha is None else row.alpha
     divergence = row.divergence
@@ -174,9 +189,12 @@ def _divergence(row: ObjectiveSettings) -> tuple[Divergence, float, float]:
 def _signal(row: ObjectiveSettings, k: int, temperature: float) -> Signal:
     gated = any(getattr(row.tokens, name) is not None for name in ENTROPY_GATES)
     gated = gated or row.entropy_factor is not None
+    gated = gated or row.custom.teacher_entropy
     gated = gated or (row.gate is not None and row.gate.entropy_of == "teacher")
+    told = row.custom.token_weight is not None or row.custom.advantage is not None
+    told = told or row.tokens.evidence_above is not None
     return Signal(
-        sampled=row.support == "sampled" or row.monitor or row.tokens.evidence_above is not None,
+        sampled=row.support == "sampled" or row.monitor or told,
         top_k=k if row.support in ("teacher_topk", "union") else 0,
         candidates=row.support in ("student_topk", "union"),
         entropy=gated,

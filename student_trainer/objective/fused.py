@@ -16,7 +16,7 @@ Shapes: N rows, R rows of a chunk, V vocabulary, H hidden, W columns of a tile.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,25 +135,17 @@ class ChunkedLoss:
 
     def run(self, hidden: Tensor, gradients: Gradients) -> Tensor:
         """Σ_t weight_t · loss_t, f64 scalar; fills `gradients`."""
-        index, dtype = self.rows.index, self.student.dtype
-        size = min(self.chunk_rows, max(len(index), 1))
-        vocabulary = len(self.student.head.weight)
-        needed = min(1 + len(self.teachers), 3)
-        buffers = [hidden.new_empty(size, vocabulary, dtype=dtype) for _ in range(needed)]
+        index = self.rows.index
         loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
         finite = torch.ones((), dtype=torch.bool, device=hidden.device)
-        for start in range(0, len(index), size):
-            part = slice(start, min(start + size, len(index)))
-            taken = hidden[index[part]].to(dtype)
-            views = [buffer[: part.stop - part.start] for buffer in buffers]
-            self.student.logits(taken, views[0])
-            normaliser = self._normaliser(views[0])
+        for part, views, normaliser in self._chunks(hidden):
             finite &= torch.isfinite(normaliser).all()
             if not self.teachers:
                 chunk = self._truncated_chunk(part, views[0], normaliser)
             else:
                 chunk = self._full_chunk(part, views, normaliser)
             loss += chunk
+            taken = hidden[index[part]].to(self.student.dtype)
             self.student.backward(views[0], taken, gradients, index[part])
         if not bool(finite & torch.isfinite(loss)):
             raise NonFiniteStudentError(
@@ -161,18 +153,33 @@ class ChunkedLoss:
             )
         return loss
 
-    def survey(self, hidden: Tensor) -> Tensor:
-        """`Rows.disagreement` of every row, f64 [N], from a pass over the head without gradients."""
-        index, size = self.rows.index, max(1, min(self.chunk_rows, len(self.rows.index)))
-        buffer = hidden.new_empty(size, len(self.student.head.weight), dtype=self.student.dtype)
-        scores = torch.zeros(len(index), dtype=torch.float64, device=hidden.device)
+    def survey(self, hidden: Tensor, look: Callable[[slice, Tensor, Tensor | None], Tensor]) -> Tensor:
+        """What `look` finds in every row, f64 [N], from a pass over the heads without gradients.
+
+        Args:
+            look: which rows, log p at `gather_ids` f64 [R, 1 + ΣK], and the full-vocabulary divergence
+                f64 [R] with support "full" → f64 [R].
+        """
+        index = self.rows.index
+        found = torch.zeros(len(index), dtype=torch.float64, device=hidden.device)
+        for part, buffers, normaliser in self._chunks(hidden):
+            gathered = buffers[0].gather(1, self.rows.gather_ids[part]).double() - normaliser[:, None]
+            dense_value = self._dense_chunk(part, buffers, normaliser)[0] if self.teachers else None
+            found[part] = look(part, gathered, dense_value)
+        return found
+
+    def _chunks(self, hidden: Tensor) -> Iterator[tuple[slice, list[Tensor], Tensor]]:
+        """Which rows, buffers [R, V] of which the first holds the student's logits, and log Σ exp of them."""
+        index, dtype = self.rows.index, self.student.dtype
+        size = min(self.chunk_rows, max(len(index), 1))
+        needed = min(1 + len(self.teachers), 3)
+        vocabulary = len(self.student.head.weight)
+        buffers = [hidden.new_empty(size, vocabulary, dtype=dtype) for _ in range(needed)]
         for start in range(0, len(index), size):
             part = slice(start, min(start + size, len(index)))
-            logits = buffer[: part.stop - part.start]
-            self.student.logits(hidden[index[part]].to(self.student.dtype), logits)
-            gathered = logits.gather(1, self.rows.gather_ids[part]).double()
-            scores[part] = self.rows.disagreement(part, gathered - self._normaliser(logits)[:, None])
-        return scores
+            views = [buffer[: part.stop - part.start] for buffer in buffers]
+            self.student.logits(hidden[index[part]].to(dtype), views[0])
+            yield part, views, self._normaliser(views[0])
 
     def _truncated_chunk(self, part: slice, logits: Tensor, normaliser: Tensor) -> Tensor:
         loss, sparse, _ = self._row_losses(part, logits, normaliser, None, None)
@@ -181,15 +188,20 @@ class ChunkedLoss:
 
     def _full_chunk(self, part: slice, buffers: list[Tensor], normaliser: Tensor) -> Tensor:
         logits, other = buffers[:2]
-        if self.rows.plan.target == "losses" and len(self.teachers) > 1:
-            value, total, bad = self._dense_sum(part, buffers, normaliser)
-        else:
-            self._target_logits(part, buffers[1:])
-            value, total, bad = self._dense(logits, normaliser, other)
+        value, total, bad = self._dense_chunk(part, buffers, normaliser)
         loss, sparse, scale = self._row_losses(part, logits, normaliser, value, bad)
         assert scale is not None
         self._write_gradient(part, logits, normaliser, sparse, DenseGradient(other, total, scale, bad))
         return loss
+
+    def _dense_chunk(
+        self, part: slice, buffers: list[Tensor], normaliser: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`_dense` of the target; ψ goes into the second buffer."""
+        if self.rows.plan.target == "losses" and len(self.teachers) > 1:
+            return self._dense_sum(part, buffers, normaliser)
+        self._target_logits(part, buffers[1:])
+        return self._dense(buffers[0], normaliser, buffers[1])
 
     def _target_logits(self, part: slice, buffers: list[Tensor]) -> None:
         """Write the views' target, up to a constant of each row, into the first buffer."""

@@ -83,8 +83,14 @@ def objective_loss(
     )
     if plan.tokens.top_fraction is not None:
         with torch.no_grad():
-            rows = rows.restricted(top_rows(job.survey(hidden.detach()), plan.tokens.top_fraction))
-        job = replace(job, rows=rows)
+            scores = job.survey(hidden.detach(), rows.disagreement)
+        job = replace(job, rows=rows.restricted(top_rows(scores, plan.tokens.top_fraction)))
+    if plan.estimator == "pathwise" and plan.horizon != 0 and rows.distill_scale is not None:
+        assert batch.sequence_lengths is not None
+        with torch.no_grad():
+            costs = job.survey(hidden.detach(), rows.divergences)
+        job = replace(job, rows=rows.charged(costs, batch.sequence_lengths))
+    rows = job.rows
     loss: Tensor = FusedHeadLoss.apply(hidden, head_weight, head_bias, job)  # type: ignore[no-untyped-call]
     return LossOutput(loss=loss, metrics=_metrics(rows), per_token=_per_token(rows, len(hidden)))
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from tutelage_client.types import Signal
 
+from student_trainer.objective.functions import FunctionSource
 from student_trainer.objective.settings import (
     ContextTemplate,
     Correction,
@@ -66,12 +68,14 @@ class Plan:
         weights: detached factors of a position's loss.
         ratio, ratio_gate, entropy_factor, entropy_window: the teacher's factor with mix "multiply".
         gate: thresholds of the gate whose state `objective_loss` is given.
+        custom: the user's functions, by kind; with one for the divergence, `divergence` is "custom".
+        guided: whether the sampler's student saw another context than the trainer's.
         log_ratio: whose probability of the sampled token stands below q in u.
         needs_teacher, needs_reward, needs_behaviour: what a TokenBatch must carry.
         warnings: what a user should know before starting.
     """
 
-    divergence: Divergence
+    divergence: Divergence | Literal["custom"]
     beta: float
     support: Support
     k: int
@@ -112,6 +116,8 @@ class Plan:
     entropy_window: int = 0
     gate: GateSettings | None = None
     log_ratio: LogRatio = "behaviour"
+    custom: Mapping[str, FunctionSource] = field(default_factory=dict)
+    guided: bool = False
     contexts: Mapping[str, tuple[ContextTemplate, ...]] = field(default_factory=dict)
     missing: Mapping[str, MissingContext] = field(default_factory=dict)
     routes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
@@ -139,12 +145,17 @@ class Plan:
     @property
     def plain_view(self) -> bool:
         """Whether the target is just what the only view answers."""
-        return list(self.views.values()) == [1.0]
+        return list(self.views.values()) == [1.0] and not self.weight_fields
 
     @property
     def gates_reward(self) -> bool:
         """Whether a TokenBatch must carry the responses' rewards as they are."""
         return self.tokens.reward_above is not None or self.tokens.reward_below is not None
+
+    @property
+    def carries_rewards(self) -> bool:
+        """Whether a TokenBatch says them, where they are known: to a gate, or to the user's functions."""
+        return self.gates_reward or bool(self.custom)
 
     @property
     def uses_old(self) -> bool:
@@ -159,4 +170,4 @@ class Plan:
     @property
     def behaviour_comparable(self) -> bool:
         """Whether behaviour log-probabilities are of the student's distribution that is trained."""
-        return self.temperature == self.sampling_temperature
+        return self.temperature == self.sampling_temperature and not self.guided

@@ -6,27 +6,30 @@ import difflib
 import tomllib
 from collections.abc import Mapping
 from importlib import resources
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from student_trainer.objective.functions import anchored
 from student_trainer.objective.settings import ObjectiveError, ObjectiveSettings
 
 
 class Preset(BaseModel):
-    """One published method.
+    """One published method, or a user's own.
 
     `read` says what was read: "code", "paper", "notes" (third-party notes quoting the paper) or
-    "abstract". `inferred` lists the settings the source does not fix. `requires` lists keys that only the
-    user can know, such as "tokens.skip_ids"; without them the row would be another method.
+    "abstract"; a file of one's own need not say. `inferred` lists the settings the source does not fix.
+    `requires` lists keys that only the user can know, such as "tokens.skip_ids"; without them the row would
+    be another method.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
-    title: str
-    source: str
-    read: Literal["code", "paper", "notes", "abstract"]
+    title: str = ""
+    source: str = ""
+    read: Literal["code", "paper", "notes", "abstract", "own"] = "own"
     inferred: tuple[str, ...] = ()
     requires: tuple[str, ...] = ()
     notes: str = ""
@@ -40,11 +43,13 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Preset:
-    """Read one preset.
+    """Read one preset, of this version or a file.toml.
 
     Raises:
-        ObjectiveError: no preset has this name; names the nearest one.
+        ObjectiveError: no preset has this name (names the nearest one), or the file is none.
     """
+    if name.endswith(".toml"):
+        return _read(Path(name))
     known = names()
     if name not in known:
         nearest = difflib.get_close_matches(name, known, n=1)
@@ -54,6 +59,21 @@ def load(name: str) -> Preset:
     preset = Preset.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     ObjectiveSettings.model_validate(preset.objective)
     return preset
+
+
+def _read(path: Path) -> Preset:
+    """A user's preset; the files that it names are beside it."""
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        preset = Preset.model_validate({"name": path.stem, **document})
+        ObjectiveSettings.model_validate(preset.objective)
+    except OSError as error:
+        raise ObjectiveError(f"objective.preset: cannot read {path}: {error.strerror}") from error
+    except ValueError as error:  # of TOML, of its text, or of the settings
+        raise ObjectiveError(f"objective.preset: {path}: {error}") from error
+    if "preset" in preset.objective:
+        raise ObjectiveError(f"objective.preset: {path} names a preset; allowed: all of its keys in one file")
+    return preset.model_copy(update={"objective": anchored(preset.objective, path.parent)})
 
 
 def resolve(settings: ObjectiveSettings) -> ObjectiveSettings:
@@ -84,7 +104,7 @@ def resolve(settings: ObjectiveSettings) -> ObjectiveSettings:
 def _laid_over(row: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
     """The preset's keys with the user's in their place; both as they stand in TOML."""
     merged = {**row, **chosen}
-    for table in ("tokens", "weights", "gate"):
+    for table in ("tokens", "weights", "gate", "custom"):
         if isinstance(row.get(table), Mapping) and isinstance(chosen.get(table), Mapping):
             merged[table] = {**row[table], **chosen[table]}
     views, named = row.get("views", {}), chosen.get("views") or {}
@@ -122,16 +142,25 @@ def idle_fields(settings: ObjectiveSettings) -> dict[str, str]:
     weights = {view.weights for view in settings.views.values()}
     only("ema_rate", "ema" in weights, 'a view with weights = "ema"')
     only("max_lag", bool(weights & {"live", "ema"}), 'a view with weights = "live" or "ema"')
+    own_divergence = settings.custom.divergence is not None
+    only("divergence", not own_divergence, "no custom.divergence")
     only("beta", settings.divergence == "jsd", 'divergence = "jsd"')
     only("alpha", settings.divergence == "alpha", 'divergence = "alpha"')
     only("k", truncated, "a top-k support")
     only("tail", truncated, "a top-k support")
     score_function = settings.estimator == "score_function"
-    for field in ("horizon", "discount", "advantage_clip", "log_ratio"):
-        only(field, score_function, 'estimator = "score_function"')
+    only("log_ratio", score_function, 'estimator = "score_function"')
+    for field in ("discount", "advantage_clip"):
+        only(
+            field,
+            score_function or settings.horizon != 0,
+            'estimator = "score_function", or "pathwise" with a horizon',
+        )
     only(
         "score_weight",
-        score_function and settings.divergence != "kl_student_teacher" and settings.mix != "multiply",
+        score_function
+        and (settings.divergence != "kl_student_teacher" or own_divergence)
+        and settings.mix != "multiply",
         'estimator = "score_function", a divergence other than kl_student_teacher and no mix = "multiply"',
     )
     only("entry_clip", not score_function, 'estimator = "pathwise"')

@@ -12,18 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from student_trainer.objective.custom import TokenValues, own_weight
 from student_trainer.objective.divergences import MAX_LOG_RATIO, FDivergence
-from student_trainer.objective.estimators import importance_weight, surrogate
+from student_trainer.objective.estimators import discounted_future, importance_weight, surrogate
 from student_trainer.objective.plan import Plan
 from student_trainer.objective.settings import ImportanceCorrection
-from student_trainer.objective.tails import support_entropy, truncated
+from student_trainer.objective.tails import STOPPED, support_entropy, truncated
 
 
 @dataclass(frozen=True)
 class SupportTerm:
     """One divergence over a support: the only one, or one of a view's of several."""
 
-    factor: float
+    factor: Tensor  # f64 [N]
     columns: slice  # of the gathered log-probabilities, past the sampled token's
     present: Tensor  # bool [N, K]
     target: Tensor  # f64 [N, K]; anything where not present
@@ -53,6 +54,7 @@ class Rows:
     teacher_sampled: Tensor | None  # f64 [N], NaN where unknown
     old: Tensor | None = None  # f64 [N], log p_old where the batch has it
     teacher_entropy: Tensor | None = None  # f64 [N], NaN where unknown
+    tokens: TokenValues | None = None  # [N], where the plan has functions of the user's
     sums: dict[str, Tensor] = field(default_factory=dict)
     traces: dict[str, list[Tensor]] | None = None
 
@@ -79,6 +81,11 @@ class Rows:
         self._record("student_logprob", sampled.detach(), alive)
         self._monitor(part, sampled.detach(), alive)
         weight, behaviour = self._rollout_weight(part, weight, sampled.detach(), alive)
+        if self.tokens is not None and "token_weight" in self.plan.custom:
+            values = replace(self.tokens.at(part), student_logprob=sampled.detach())
+            own = own_weight(self.plan, values)
+            self._record("token_weight", own, alive)
+            weight = weight * own
         loss = torch.zeros_like(sampled)
         if self.advantage is not None:
             loss = loss + self._policy_gradient(part, sampled, behaviour, alive)
@@ -102,15 +109,46 @@ class Rows:
         self._record("divergence", value.detach(), distilled)
         return (weight * (loss + scale * value)).sum(), None
 
-    def disagreement(self, part: slice, logprobs: Tensor) -> Tensor:
+    def disagreement(self, part: slice, logprobs: Tensor, _: Tensor | None = None) -> Tensor:
         """Divergence × the teacher's mass on the support, f64 [R]: what a position has to teach (TA-OPD)."""
         student = logprobs[:, 1:]
         score = torch.zeros_like(student[:, 0])
         for term in self.terms:
             own, target, present = student[:, term.columns], term.target[part], term.present[part]
             mass = torch.where(present, target, -torch.inf).exp().sum(dim=1)
-            score += term.factor * mass * self._term(own, target, present)
+            score += term.factor[part] * mass * self._term(own, target, present)
         return score
+
+    def divergences(self, part: slice, logprobs: Tensor, dense_value: Tensor | None) -> Tensor:
+        """The divergence of a chunk's positions, f64 [R]: what a token before them is charged with.
+
+        Over a truncated support it is the one whose gradient the tail takes: with the tails that stop
+        gradients that of unnormalised measures, Σ_S p·f(u) − f′(1)·(q − p).
+        """
+        if dense_value is not None:
+            return dense_value
+        student = logprobs[:, 1:]
+        value = torch.zeros_like(student[:, 0])
+        for term in self.terms:
+            own, target, present = student[:, term.columns], term.target[part], term.present[part]
+            local = self._term(own, target, present)
+            if self.plan.tail in STOPPED:
+                apart = torch.where(present, target.exp() - own.exp(), 0).sum(dim=1)
+                local = local - self.divergence.slope * apart
+            value += term.factor[part] * local
+        return value
+
+    def charged(self, values: Tensor, sequence_lengths: Tensor) -> Rows:
+        """These rows with later divergences, f64 [N], in their advantages: −Σ_j discount^j · D_{t+j}."""
+        assert self.distill_scale is not None
+        plan, bound = self.plan, self.plan.advantage_clip
+        costs = values if bound is None else values.clamp(-bound, bound)
+        everywhere = costs.new_zeros(int(sequence_lengths.sum()))
+        everywhere[self.index] = self.distill_scale * costs
+        later = discounted_future(everywhere, sequence_lengths, horizon=plan.horizon, discount=plan.discount)[
+            self.index
+        ]
+        return replace(self, advantage=-later if self.advantage is None else self.advantage - later)
 
     def restricted(self, kept: Tensor) -> Rows:
         """These rows only, int64 [M] in order; metrics go on being summed in one place."""
@@ -119,8 +157,12 @@ class Rows:
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)
         }
-        terms = [replace(term, present=term.present[kept], target=term.target[kept]) for term in self.terms]
-        return replace(self, terms=terms, **chosen)
+        terms = [
+            replace(term, factor=term.factor[kept], present=term.present[kept], target=term.target[kept])
+            for term in self.terms
+        ]
+        tokens = None if self.tokens is None else self.tokens.at(kept)
+        return replace(self, terms=terms, tokens=tokens, **chosen)
 
     def record_entropy(self, part: slice, entropy: Tensor) -> None:
         """Note the student's entropy of a chunk that `chunk_loss` has seen, f64 [R]."""
@@ -145,7 +187,7 @@ class Rows:
         masses = {name: torch.zeros_like(value) for name in ("student_mass", "teacher_mass")}
         for term in self.terms:
             own, target, present = student[:, term.columns], term.target[part], term.present[part]
-            value = value + term.factor * self._term(own, target, present)
+            value = value + term.factor[part] * self._term(own, target, present)
             for name, logprobs in (("student_mass", own.detach()), ("teacher_mass", target)):
                 masses[name] += torch.where(present, logprobs, -torch.inf).exp().sum(dim=1)
         for name, mass in masses.items():

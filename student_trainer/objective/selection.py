@@ -8,20 +8,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from student_trainer.objective.answers import Answers, read_answers
 from student_trainer.objective.batch import PAD_ID, TokenBatch, ViewTensors
-from student_trainer.objective.divergences import FDivergence, f_divergence
+from student_trainer.objective.custom import TokenValues, divergence_row, transformed_advantage
+from student_trainer.objective.divergences import FDivergence
 from student_trainer.objective.estimators import discounted_future, future_reward, own_advantage
 from student_trainer.objective.mix import entropy_certainty, mixed_advantage, rewarded
 from student_trainer.objective.plan import TRUNCATED, Plan
 from student_trainer.objective.rows import Rows, SupportTerm
 from student_trainer.objective.support import check_distinct, check_ids
 from student_trainer.objective.targets import (
-    check_common_ids,
+    common_ids,
     monitored_target,
     sampled_targets,
     support_target,
 )
-from student_trainer.objective.weights import entropy_gate, least_entropy_ahead, prefix_weight, reward_gate
+from student_trainer.objective.weights import (
+    entropy_gate,
+    least_entropy_ahead,
+    position_in_sequence,
+    prefix_weight,
+    reward_gate,
+)
 
 _PER_POSITION = (
     "behaviour_logprobs",
@@ -46,9 +54,11 @@ def select_rows(batch: TokenBatch, plan: Plan, vocabulary: int, *, distill_open:
         ValueError: a field is missing, has the wrong shape, or holds an id outside the vocabulary.
     """
     _check(batch, plan)
-    keep, counts = batch.mask.clone(), {}
-    for name in plan.views:
-        gate = entropy_gate(plan.tokens, batch.views[name]) if name in batch.views else None
+    keep, counts, answers = batch.mask.clone(), {}, read_answers(plan, batch)
+    for name in plan.view_requests:
+        gate = entropy_gate(plan.tokens, batch.views[name])
+        if gate is not None and plan.missing_view == "renormalise":
+            gate = gate | ~answers.answered[name]
         keep = keep if gate is None else keep & gate
     if plan.tokens.marked_only and batch.marked is not None:
         keep = keep & batch.marked
@@ -67,23 +77,26 @@ def select_rows(batch: TokenBatch, plan: Plan, vocabulary: int, *, distill_open:
         reward = torch.nan_to_num(reward, 0.0, 0.0, 0.0)
         if plan.mix == "route":
             distilled &= ~rewarded(plan, reward)
-    usable["dropped_teacher"] = ~distilled | _teacher_usable(batch, plan)
+    usable["dropped_teacher"] = ~distilled | answers.usable
     for name, good in usable.items():
         counts[name] = (keep & ~good).sum().to(torch.float64)
         keep = keep & good
     behaviour = torch.nan_to_num(batch.behaviour_logprobs.double(), 0.0, 0.0, 0.0)
     index = keep.nonzero().squeeze(1)
-    advantage = _advantage(batch, plan, behaviour, reward, vocabulary, distilled=distilled)
+    if plan.missing_view == "renormalise":
+        counts["renormalised"] = (keep & distilled & answers.rescaled).sum().to(torch.float64)
+    distilled &= answers.usable
+    advantage = _advantage(batch, plan, answers, reward, vocabulary, distilled=distilled)
     pathwise = plan.needs_teacher and plan.estimator == "pathwise"
-    supports, terms = _terms(batch, plan, index, distilled[index]) if pathwise else ([], [])
+    supports, terms = _terms(batch, plan, answers, index, distilled[index]) if pathwise else ([], [])
     sampled_ids = batch.sampled_ids[index, None]
     check_ids("batch.sampled_ids", sampled_ids[:, 0], vocabulary)
     for ids in supports:
         check_ids("batch.views support_ids", ids, vocabulary)
-    target = monitored_target(plan, batch)
+    target = monitored_target(plan, batch, answers)
     return Rows(
         plan=plan,
-        divergence=f_divergence(plan.divergence, plan.beta, plan.alpha),
+        divergence=divergence_row(plan),
         index=index,
         weight=batch.weight.double()[index],
         trained=torch.zeros_like(index, dtype=torch.bool),
@@ -95,7 +108,23 @@ def select_rows(batch: TokenBatch, plan: Plan, vocabulary: int, *, distill_open:
         teacher_sampled=None if target is None else target[index],
         old=None if batch.old_logprobs is None else batch.old_logprobs.double()[index],
         teacher_entropy=_teacher_entropy(batch, index),
+        tokens=_token_values(batch, plan, behaviour, target).at(index) if plan.custom else None,
         sums=counts,
+    )
+
+
+def _token_values(batch: TokenBatch, plan: Plan, own: Tensor, target: Tensor | None) -> TokenValues:
+    """What a user's function may read, [T]; `own` is the student's log-probability."""
+    unknown = torch.full_like(own, torch.nan)
+    entropy = _teacher_entropy(batch, torch.arange(len(own), device=own.device))
+    assert batch.sequence_lengths is not None
+    return TokenValues(
+        student_logprob=own,
+        teacher_logprob=unknown if target is None else target,
+        behaviour_logprob=batch.behaviour_logprobs.double(),
+        teacher_entropy=unknown if entropy is None else entropy,
+        reward=unknown if batch.rewards is None else batch.rewards.double(),
+        position=position_in_sequence(batch.sequence_lengths),
     )
 
 
@@ -117,8 +146,8 @@ def _check(batch: TokenBatch, plan: Plan) -> None:
         if name not in batch.views:
             raise ValueError(f"batch.views: {name!r} is missing, got {sorted(batch.views)}")
         _check_view(name, batch.views[name], plan, positions)
-    if plan.needs_teacher and plan.support in TRUNCATED:
-        check_common_ids(plan, batch)
+    if plan.custom and batch.sequence_lengths is None:
+        raise ValueError("batch.sequence_lengths: missing, and the plan has functions of the user's")
     looks_along = plan.horizon != 0 or plan.weights.prefix is not None or plan.entropy_window > 0
     if looks_along and plan.needs_teacher:
         total = None if batch.sequence_lengths is None else int(batch.sequence_lengths.sum())
@@ -154,28 +183,10 @@ def _behaviour_usable(batch: TokenBatch, plan: Plan) -> Tensor:
     return usable & torch.isfinite(batch.old_logprobs)
 
 
-def _teacher_usable(batch: TokenBatch, plan: Plan) -> Tensor:
-    """bool [T]: everything the plan needs of every view is finite."""
-    usable = torch.ones_like(batch.mask)
-    for name in plan.view_requests:
-        view = batch.views[name]
-        if plan.support == "sampled":
-            assert view.sampled is not None
-            usable = usable & torch.isfinite(view.sampled)
-            if plan.entropy_factor is not None and view.entropy is not None:
-                usable = usable & torch.isfinite(view.entropy)
-        else:
-            assert view.support_ids is not None
-            assert view.support_logprobs is not None
-            pad = view.support_ids == PAD_ID
-            usable = usable & (torch.isfinite(view.support_logprobs) | pad).all(dim=1) & ~pad.all(dim=1)
-    return usable
-
-
 def _advantage(
     batch: TokenBatch,
     plan: Plan,
-    behaviour: Tensor,
+    answers: Answers,
     reward: Tensor | None,
     vocabulary: int,
     *,
@@ -187,13 +198,12 @@ def _advantage(
     """
     if not plan.needs_teacher or plan.estimator == "pathwise":
         return None if reward is None else mixed_advantage(plan, None, reward, None)
-    own, known_own = behaviour, torch.isfinite(batch.behaviour_logprobs)
-    if plan.uses_old and batch.old_logprobs is not None:
-        own = torch.nan_to_num(batch.old_logprobs.double(), 0.0, 0.0, 0.0)
-        known_own = torch.isfinite(batch.old_logprobs)
+    old = batch.old_logprobs if plan.uses_old else None
+    own = (batch.behaviour_logprobs if old is None else old).double()
+    known_own, own = torch.isfinite(own), torch.nan_to_num(own, 0.0, 0.0, 0.0)
     distill = torch.zeros_like(own)
-    row = f_divergence(plan.divergence, plan.beta, plan.alpha)
-    for factor, target in sampled_targets(plan, batch):
+    row = divergence_row(plan)
+    for factor, target in sampled_targets(plan, batch, answers):
         known = batch.mask & distilled & torch.isfinite(target) & known_own
         log_u = torch.where(known, target - own, 0)
         if plan.mix == "multiply":
@@ -202,6 +212,11 @@ def _advantage(
             return torch.where(distilled, told, plain)
         part = _distilled_advantage(batch, plan, row, log_u)
         distill = distill + factor * torch.where(known, part, 0)
+    if "advantage" in plan.custom:
+        tokens = _token_values(batch, plan, own, monitored_target(plan, batch, answers))
+        known = batch.mask & distilled & known_own
+        changed = transformed_advantage(plan, distill, tokens, known)
+        distill = torch.where(known, changed, 0)
     if plan.weights.prefix is not None:
         assert batch.sequence_lengths is not None
         distill = distill * prefix_weight(plan.weights.prefix, distill, batch.sequence_lengths)
@@ -211,7 +226,7 @@ def _advantage(
 def _teacher_entropy(batch: TokenBatch, index: Tensor) -> Tensor | None:
     """Mean over the views that carry an entropy, f64 [N]; None where none does."""
     known = [view.entropy.double()[index] for view in batch.views.values() if view.entropy is not None]
-    return torch.stack(known).mean(dim=0) if known else None
+    return torch.stack(known).nanmean(dim=0) if known else None
 
 
 def _certainty(batch: TokenBatch, plan: Plan, vocabulary: int) -> Tensor | None:
@@ -247,38 +262,43 @@ def _bounded(plan: Plan, values: Tensor) -> Tensor:
 
 
 def _terms(
-    batch: TokenBatch, plan: Plan, index: Tensor, distilled: Tensor
+    batch: TokenBatch, plan: Plan, answers: Answers, index: Tensor, distilled: Tensor
 ) -> tuple[list[Tensor], list[SupportTerm]]:
     """Support ids int64 [N, K] and the divergence over them: one, or one for every view."""
     if plan.support == "full":
         return [], []
-    supports: list[Tensor] = []
-    scored: list[tuple[Tensor, Tensor]] = []
-    for name in plan.views:
-        ids, present, logprobs = _support(batch.views[name], index, distilled)
-        supports.append(ids)
-        scored.append((present, logprobs))
+    factors = [answers.coefficients[name][index] for name in plan.views]
     if plan.target != "losses":
-        present = scored[0][0]
-        target = support_target(plan, [logprobs for _, logprobs in scored], present)
-        return supports[:1], [SupportTerm(1.0, slice(0, supports[0].shape[1]), present, target)]
-    terms, start = [], 0
-    for coefficient, (present, logprobs) in zip(plan.views.values(), scored, strict=True):
-        columns = slice(start, start + present.shape[1])
-        terms.append(SupportTerm(coefficient, columns, present, logprobs))
+        ids = _known_ids(common_ids(plan, batch, answers)[index], distilled)
+        present = ids != PAD_ID
+        logprobs = [
+            _logprobs(batch.views[name], index, present, distilled & answers.answered[name][index])
+            for name in plan.views
+        ]
+        target = support_target(plan, logprobs, [factor[:, None] for factor in factors], present)
+        whole = torch.ones_like(factors[0])
+        return [ids], [SupportTerm(whole, slice(0, ids.shape[1]), present, target)]
+    supports, terms, start = [], [], 0
+    for name, factor in zip(plan.views, factors, strict=True):
+        view, heard = batch.views[name], distilled & answers.answered[name][index]
+        assert view.support_ids is not None
+        ids = _known_ids(view.support_ids[index], heard)
+        columns = slice(start, start + ids.shape[1])
+        present = ids != PAD_ID
+        terms.append(SupportTerm(factor, columns, present, _logprobs(view, index, present, heard)))
+        supports.append(ids)
         start = columns.stop
     return supports, terms
 
 
-def _support(view: ViewTensors, index: Tensor, distilled: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Support ids int64 [N, K], which are present, and the teacher's log-probabilities f64 [N, K]."""
-    assert view.support_ids is not None
-    assert view.support_logprobs is not None
-    ids = view.support_ids[index]
-    # A row that the reward trains needs no teacher; a stand-in keeps its arithmetic finite.
+def _known_ids(ids: Tensor, heard: Tensor) -> Tensor:
+    """The same where a teacher has a say; elsewhere a stand-in that keeps the row's arithmetic finite."""
     stand_in = torch.full_like(ids, PAD_ID)
     stand_in[:, :1] = 0
-    ids = torch.where(distilled[:, None], ids, stand_in)
-    present = ids != PAD_ID
-    wanted = present & distilled[:, None]
-    return ids, present, torch.where(wanted, view.support_logprobs[index].double(), -1.0)
+    return torch.where(heard[:, None], ids, stand_in)
+
+
+def _logprobs(view: ViewTensors, index: Tensor, present: Tensor, heard: Tensor) -> Tensor:
+    """The teacher's log-probabilities f64 [N, K]; something finite where it has no say."""
+    assert view.support_logprobs is not None
+    return torch.where(present & heard[:, None], view.support_logprobs[index].double(), -1.0)

@@ -42,6 +42,7 @@ RatioGate: TypeAlias = Literal["none", "rewarded"]
 Mix: TypeAlias = Literal["replace", "add", "multiply", "route"]
 Normalisation: TypeAlias = Literal["token_mean", "sequence_mean"]
 Horizon: TypeAlias = NonNegativeInt | Literal["response"]
+FunctionName: TypeAlias = Annotated[str, Field(pattern=r"^.+:[A-Za-z_]\w*$")]
 LogRatio: TypeAlias = Literal["behaviour", "student"]
 MissingContext: TypeAlias = Literal["error", "same"]
 MissingView: TypeAlias = Literal["drop", "renormalise"]
@@ -288,10 +289,28 @@ class GateSettings(_Settings):
         return self
 
 
+class CustomSettings(_Settings):
+    """Functions of your own: "module:attribute", or "file.py:attribute" relative to the file that says so."""
+
+    divergence: FunctionName | None = Field(
+        None, description="in place of `divergence`: f of u = q/p, element by element, or an FDivergence"
+    )
+    token_weight: FunctionName | None = Field(
+        None, description="tokens → factor of every position's loss; tokens are the detached TokenValues"
+    )
+    advantage: FunctionName | None = Field(
+        None,
+        description="score_function: (advantage, tokens) → the distillation advantage that is used instead",
+    )
+    teacher_entropy: bool = Field(False, description="have the teacher's entropy among the tokens' values")
+
+
 class ObjectiveSettings(_Settings):
     """What the trainer minimises. `preset` names a published row; other keys override it."""
 
-    preset: str | None = Field(None, description="name of a published method")
+    preset: str | None = Field(
+        None, description="name of a published method, or a file.toml of your own, relative to the run file"
+    )
     views: dict[str, ViewSettings] = Field(
         default_factory=dict, description='empty: one view called "teacher" of the run\'s only teacher'
     )
@@ -312,9 +331,10 @@ class ObjectiveSettings(_Settings):
     )
     max_lag: NonNegativeInt | None = Field(
         None,
-        description='weights "live" and "ema": updates that they may be behind the weights they train; default: '
-        "training.max_staleness",
+        description='weights "live" and "ema": updates that they may be behind the weights they train; '
+        "default: training.max_staleness",
     )
+    custom: CustomSettings = Field(CustomSettings(), description="functions of your own")
     divergence: Divergence = Field(
         "kl_student_teacher", description="what is minimised, argument order spelled out"
     )
@@ -348,13 +368,14 @@ class ObjectiveSettings(_Settings):
     )
     correction: Correction = Field(NoCorrection(), description="for samples of an older policy")
     horizon: Horizon = Field(
-        0, description='score_function: later tokens credited to a token; "response" is all of them'
+        0, description='later tokens whose divergence is credited to a token; "response" is all of them'
     )
     discount: Annotated[FiniteFloat, Field(ge=0, le=1)] = Field(
-        1.0, description="score_function: factor per later token within the horizon"
+        1.0, description="factor per later token within the horizon"
     )
     advantage_clip: Annotated[FiniteFloat, Field(gt=0)] | None = Field(
-        None, description="score_function: bound on a token's distillation advantage, in nats"
+        None,
+        description="bound on a token's distillation advantage and on what a later token adds to it, in nats",
     )
     temperature: Annotated[FiniteFloat, Field(gt=0)] | None = Field(
         None, description="of both distributions; unset: the sampling temperature"

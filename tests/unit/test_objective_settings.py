@@ -167,7 +167,25 @@ def test_alpha_ends_are_the_two_divergences_and_heavy_tails_warn() -> None:
         ({"mix": "add", "entropy_factor": 0.5}, "objective.entropy_factor"),
         ({"mix": "multiply", "entropy_window": 2}, "objective.entropy_window"),
         ({"preset": "many-faces", "entry_clip": 0.1}, "objective.tail: got 'stop_gradient' with entry_clip"),
-        ({"preset": "gkd", "horizon": 2}, "objective.horizon"),
+        ({"preset": "gkd", "discount": 0.5}, "objective.discount"),
+        ({"preset": "gkd", "advantage_clip": 0.5}, "objective.advantage_clip"),
+        ({"preset": "gkd", "horizon": 2, "tail": "stop_gradient_mean"}, "objective.horizon: got 2 with tail"),
+        (
+            {"preset": "gkd", "horizon": 2, "weights": {"surprise": True}},
+            "horizon: got 2 with weights.surprise",
+        ),
+        (
+            {"preset": "gkd", "horizon": 1, "tokens": {"top_fraction": 0.5}},
+            "horizon: got 1 with tokens.top_fra",
+        ),
+        ({"preset": "gkd", "log_ratio": "student"}, "objective.log_ratio: set to"),
+        ({"preset": "gkd", "support": "full", "tokens": {"evidence_above": 0}}, "over the wire"),
+        ({"mix": "add", "distill_coefficient": 0, "tokens": {"reward_above": 0}}, "tokens.reward_above"),
+        ({"tokens": {"reward_above": 0.5, "reward_below": 0.5}}, "tokens.reward_below: got 0.5 with"),
+        (
+            {"preset": "gkd", "support": "full", "mix": "add", "gate": {"entropy_of": "teacher"}},
+            "gate.entropy_of: needs a teacher that is asked over the wire",
+        ),
         ({"preset": "gkd", "tail": "renormalise_teacher"}, 'objective.tail: got "renormalise_teacher"'),
         ({"preset": "gkd", "correction": {"kind": "ppo"}}, "objective.correction"),
         ({"preset": "gkd", "mix": "multiply"}, "objective.mix"),
@@ -203,6 +221,7 @@ def test_log_linear_target_is_allowed_where_its_constant_cancels() -> None:
     assert {name for name, _ in plan.view_requests.values()} == {"big", "reference"}
 
 
+FULL = {"estimator": "pathwise", "support": "full"}
 TOP_K = {"estimator": "pathwise", "support": "student_topk", "tail": "bucket"}
 BOTH = {"expert": {"weights": "teacher:big"}, "base": {"weights": "teacher:reference"}}
 
@@ -234,6 +253,23 @@ def weighed(first: float, second: float, **more: Any) -> dict[str, Any]:
         ({"views": {"one": {"weights": "teacher:big"}}, "target": "mixture"}, "objective.target: set to"),
         ({"target": "mixture", "views": weighed(0.5, 0.5, clip=1.0)}, "objective.views.base.clip"),
         ({"views": {"one": {"weights": "teacher:big", "clip": 1.0}}}, "objective.views.one.clip"),
+        ({"missing_view": "renormalise"}, "objective.missing_view: got .*not above 0"),
+        (
+            {"missing_view": "renormalise", "views": weighed(1, 1, clip=1.0)},
+            "objective.missing_view: got .*clip",
+        ),
+        (
+            {**FULL, "missing_view": "renormalise", "views": weighed(1, 1)},
+            "missing_view: got .*full",
+        ),
+        (
+            {**FULL, "views": weighed(1, 1, weight_field="w")},
+            "views.base.weight_field: set with support",
+        ),
+        (
+            {"views": {"one": {"weights": "teacher:big", "weight_field": "w"}}, "mix": "multiply"},
+            "constant only cancels",
+        ),
     ],
 )
 def test_targets_of_several_views_are_refused_where_they_mean_nothing(

@@ -33,7 +33,7 @@ from support.tabular import (
 )
 from torch import Tensor
 
-from student_trainer.objective.loss import Head, TokenBatch, objective_loss
+from student_trainer.objective.loss import Head, TokenBatch, ViewTensors, objective_loss
 
 MIXTURE = {"a": 0.3, "b": 0.5, "c": 0.2}
 LOG_LINEAR = {"a": 1.25, "b": -0.4, "c": 0.3}
@@ -285,3 +285,136 @@ def test_every_view_in_process_needs_its_rows_and_head() -> None:
         head = Head(eye) if isinstance(given, Tensor) else {name: Head(eye) for name in given or {}}
         with pytest.raises(ValueError, match=r"views in process: \['a', 'b'\]"):
             objective_loss(logits, eye, None, batch_of({}, 2), plan, teacher_hidden=given, teacher_head=head)
+
+
+# Coefficients that differ from row to row: factors of the examples, and views that did not answer.
+
+FACTORS = {"a": [0.5, 2.0, 0.0], "b": [1.5, 1.0, 0.7]}
+
+
+def weighed_views(coefficients: dict[str, float], weighed: str = "ab") -> dict[str, Any]:
+    return {
+        name: {**view, **({"weight_field": f"of_{name}"} if name in weighed else {})}
+        for name, view in views(coefficients).items()
+    }
+
+
+def at_coefficients(
+    settings: dict[str, Any], target: str, coefficients: dict[str, float], row: int, log_qs: dict[str, Tensor]
+) -> Tensor:
+    """Gradient of one row under a plan whose coefficients are fixed, by the proofs above."""
+    kept = {name: c for name, c in coefficients.items() if c > 0}
+    plan = make_plan(**settings, target=target if len(kept) > 1 else None, views=views(kept))
+    scale = 1.0 if target != "losses" or len(kept) > 1 else next(iter(kept.values()))
+    if target != "log_linear" and len(kept) == 1:
+        plan = make_plan(**settings, views=views(dict.fromkeys(kept, 1.0)))
+    answers = {name: log_qs[name][row : row + 1] for name in kept}
+    return scale * row_gradient(plan, ROW_LOGITS[row : row + 1], answers)
+
+
+ROW_LOGITS = random_logits(3, 91)
+ROW_IDS = ROW_LOGITS.topk(4).indices
+SETTINGS: dict[str, dict[str, Any]] = {
+    "sampled": {"divergence": "kl_student_teacher"},
+    "top-k": {**PATHWISE, "support": "student_topk", "tail": "bucket", "k": 4, "divergence": "jsd"},
+}
+
+
+def row_gradient(plan: Any, logits: Tensor, log_qs: dict[str, Tensor], **fields_: Any) -> Tensor:
+    """Gradient of the rows' losses at the token that each sampled, [rows, V]."""
+    start = next(i for i in range(len(ROW_LOGITS)) if torch.equal(ROW_LOGITS[i], logits[0]))
+    ids = ROW_IDS[start : start + len(logits)]
+    sampled = ids[:, 1]
+    answered = {
+        name: replace(scores(q, ids), sampled=q.gather(1, sampled[:, None])[:, 0])
+        for name, q in log_qs.items()
+    }
+    behaviour = logits.log_softmax(-1).gather(1, sampled[:, None])[:, 0]
+    batch = replace(
+        batch_of(answered, len(logits)), sampled_ids=sampled, behaviour_logprobs=behaviour, **fields_
+    )
+    leaf = logits.clone().requires_grad_()
+    out = objective_loss(leaf, torch.eye(V, dtype=torch.float64), None, batch, plan, chunk_rows=2)
+    out.loss.backward()
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+@pytest.mark.parametrize("target", ["log_linear", "mixture", "losses"])
+@pytest.mark.parametrize("where", SETTINGS)
+def test_factors_of_the_examples_multiply_their_views_coefficients(where: str, target: str) -> None:
+    """MAD-OPD's confidences: a mixture stays a distribution, losses are weighed, exponents are scaled."""
+    settings, base, log_qs = SETTINGS[where], {"a": 0.4, "b": 0.6}, teachers(3, 92, "ab")
+    plan = make_plan(**settings, target=target, views=weighed_views(base))
+    factors = {name: torch.tensor(values) for name, values in FACTORS.items()}
+    gradient = row_gradient(plan, ROW_LOGITS, log_qs, view_factors=factors)
+    for row in range(3):
+        coefficients = {name: base[name] * FACTORS[name][row] for name in base}
+        if target == "mixture":
+            coefficients = {name: c / sum(coefficients.values()) for name, c in coefficients.items()}
+        expected = at_coefficients(settings, target, coefficients, row, log_qs)
+        torch.testing.assert_close(gradient[row : row + 1], expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("target", ["log_linear", "mixture", "losses"])
+@pytest.mark.parametrize("where", SETTINGS)
+def test_views_that_did_not_answer_leave_their_share_to_the_others(where: str, target: str) -> None:
+    settings, base, log_qs = SETTINGS[where], {"a": 0.2, "b": 0.5, "c": 0.3}, teachers(3, 93)
+    silent = {"a": [0, 1], "b": [1]}  # rows of a view; of row 1 only c answers
+    heard = {name: q.clone() for name, q in log_qs.items()}
+    for name, rows in silent.items():
+        heard[name][rows] = torch.nan
+    plan = make_plan(**settings, target=target, views=views(base), missing_view="renormalise")
+    gradient = row_gradient(plan, ROW_LOGITS, heard)
+    for row in range(3):
+        left = {name: c for name, c in base.items() if row not in silent.get(name, [])}
+        coefficients = {name: c / sum(left.values()) for name, c in left.items()}
+        expected = at_coefficients(settings, target, coefficients, row, log_qs)
+        torch.testing.assert_close(gradient[row : row + 1], expected, rtol=1e-6, atol=1e-8)
+    dropping = row_gradient(make_plan(**settings, target=target, views=views(base)), ROW_LOGITS, heard)
+    assert not dropping[:2].any()
+    torch.testing.assert_close(dropping[2], gradient[2])
+
+
+def test_positions_that_nobody_scored_are_dropped_and_the_rescaled_ones_counted() -> None:
+    plan = make_plan(views=views({"a": 0.2, "b": 0.8}), target="mixture", missing_view="renormalise")
+    log_qs = teachers(3, 94, "ab")
+    log_qs["a"][:2] = torch.nan
+    log_qs["b"][1] = torch.nan
+    batch = batch_of({name: ViewTensors(sampled=q[:, 0]) for name, q in log_qs.items()}, 3)
+    out = objective_loss(ROW_LOGITS, torch.eye(V, dtype=torch.float64), None, batch, plan)
+    counts = {
+        name: out.metrics[name] for name in ("positions", "dropped_teacher", "renormalised", "monitored")
+    }
+    assert counts == {"positions": 2, "dropped_teacher": 1, "renormalised": 1, "monitored": 2}
+
+
+def test_an_entropy_gate_asks_only_the_views_that_answered() -> None:
+    plan = make_plan(
+        views=views({"a": 0.5, "b": 0.5}), target="mixture", missing_view="renormalise",
+        tokens={"teacher_entropy_below": 1.0},
+    )  # fmt: skip
+    nan = torch.nan
+    batch = batch_of(
+        {
+            "a": ViewTensors(sampled=torch.tensor([-1.0, nan, nan]), entropy=torch.tensor([0.5, nan, nan])),
+            "b": ViewTensors(sampled=torch.tensor([-1.0, -1, -1]), entropy=torch.tensor([2.0, 0.5, 2.0])),
+        },
+        3,
+    )
+    out = objective_loss(ROW_LOGITS, torch.eye(V, dtype=torch.float64), None, batch, plan, per_token=True)
+    assert out.per_token is not None
+    assert out.per_token["student_logprob"].isfinite().tolist() == [False, True, False]
+
+
+def test_factors_are_those_that_the_plan_asks_for() -> None:
+    plan = make_plan(views=weighed_views({"a": 0.5, "b": 0.5}, "a"), target="mixture")
+    log_qs, ones = teachers(3, 95, "ab"), torch.ones(3)
+    for factors, problem in (
+        ({}, r"view_factors\['a'\]: missing"),
+        ({"a": ones, "b": ones}, r"view_factors\['b'\]: given"),
+        ({"a": -ones}, "finite and not negative"),
+        ({"a": ones[:2]}, r"got shape \(2,\)"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            row_gradient(plan, ROW_LOGITS, log_qs, view_factors=factors)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -51,6 +51,9 @@ def assert_same(one: MicroBatch, other: MicroBatch) -> None:
         assert torch.equal(getattr(one.layout, name), getattr(other.layout, name)), name
     assert one.layout.sequence_parts == other.layout.sequence_parts
     assert one.tokens.views.keys() == other.tokens.views.keys()
+    assert one.tokens.view_factors.keys() == other.tokens.view_factors.keys()
+    for view, factor in other.tokens.view_factors.items():
+        assert torch.equal(one.tokens.view_factors[view], factor)
     pairs = [
         (one.tokens, other.tokens),
         *zip(one.tokens.views.values(), other.tokens.views.values(), strict=True),
@@ -61,8 +64,16 @@ def assert_same(one: MicroBatch, other: MicroBatch) -> None:
             if isinstance(wanted, torch.Tensor):
                 torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
                 assert got.dtype == wanted.dtype
-            elif field.name != "views":
+            elif field.name not in ("views", "view_factors"):
                 assert got is wanted is None, field.name
+
+
+def test_factors_of_views_come_through_as_they_were() -> None:
+    (batch,) = pack_step(groups_of(PLANS["sampled"], [(3, 4)]), PLANS["sampled"], 99)
+    tokens = replace(batch.tokens, view_factors={"a/b": torch.rand(7), "c": torch.rand(7)})
+    (found,) = decode_micro_batches(encode_micro_batches([replace(batch, tokens=tokens)]))
+    assert_same(found, replace(batch, tokens=tokens))
+    assert idle_batch(replace(batch, tokens=tokens)).tokens.view_factors["c"].shape == (1,)
 
 
 @pytest.mark.parametrize("name", PLANS)
