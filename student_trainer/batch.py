@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from tutelage_client.types import PAD_ID, SequenceScore
+from tutelage_client.types import PAD_ID, SequenceScore, Signal
 
 from services.models.packed import PackedLayout, build_layout
 from student_trainer.objective.batch import TokenBatch, ViewTensors
@@ -159,16 +159,17 @@ def _advantages(group: TrainingGroup, plan: Plan) -> list[float]:
 
 
 def _mask(part: Sequence[Member], plan: Plan) -> Tensor:
-    """bool [T]: selected by the settings, and scored by every view."""
-    valid = [
-        np.logical_and.reduce(
-            [np.ones(member.rollout.length, dtype=np.bool_)]
-            + [_valid(score) for score in member.rollout.scores.values()]
-        )
+    """bool [T]: selected by the settings, and scored: by every view, or by one with "renormalise"."""
+    reduce = np.logical_and.reduce if plan.missing_view == "drop" else np.logical_or.reduce
+    scored = [
+        reduce([_valid(score) for score in member.rollout.scores.values()])
+        if member.rollout.scores
+        else np.ones(member.rollout.length, dtype=np.bool_)
         for member in part
     ]
     lengths = torch.tensor([member.rollout.length for member in part])
-    return torch.from_numpy(np.concatenate(valid)) & token_mask(plan.tokens, lengths)
+    mask = torch.from_numpy(np.concatenate(scored)) & token_mask(plan.tokens, lengths)
+    return mask & _marked(part, lengths) if plan.tokens.marked_only else mask
 
 
 def _selected_sequences(mask: Tensor, lengths: Tensor) -> int:
@@ -206,13 +207,21 @@ def _tokens(part: Sequence[Member], plan: Plan, mask: Tensor, lengths: Tensor, w
         views={view: _view(view, part, plan) for view in plan.view_requests},
         reward_advantage=advantages.repeat_interleave(lengths) if plan.needs_reward else None,
         sequence_lengths=lengths,
-        rewards=rewards.repeat_interleave(lengths) if plan.gates_reward else None,
+        marked=_marked(part, lengths) if plan.tokens.marked_only else None,
+        rewards=rewards.repeat_interleave(lengths) if plan.carries_rewards else None,
     )
+
+
+def _marked(part: Sequence[Member], lengths: Tensor) -> Tensor:
+    return torch.tensor([member.rollout.marked for member in part]).repeat_interleave(lengths)
 
 
 def _view(view: str, part: Sequence[Member], plan: Plan) -> ViewTensors:
     _, signal = plan.view_requests[view]
-    scores = [(member.rollout, member.rollout.scores[view]) for member in part]
+    scores = [
+        (member.rollout, member.rollout.scores.get(view) or _unscored(member.rollout, signal))
+        for member in part
+    ]
     supports = [_support(rollout, score, plan) for rollout, score in scores] if plan.k else []
     width = max((ids.shape[1] for ids, _ in supports), default=0)
     return ViewTensors(
@@ -220,6 +229,21 @@ def _view(view: str, part: Sequence[Member], plan: Plan) -> ViewTensors:
         entropy=_joined([_masked(s, s.entropy) for _, s in scores]) if signal.entropy else None,
         support_ids=_joined([_padded(ids, width, PAD_ID) for ids, _ in supports]) if supports else None,
         support_logprobs=_joined([_padded(q, width, np.nan) for _, q in supports]) if supports else None,
+    )
+
+
+def _unscored(rollout: TrainingRollout, signal: Signal) -> SequenceScore:
+    """The answer of a view that did not answer: no position is valid."""
+    rows, candidates = rollout.length, rollout.candidate_ids
+    nothing = np.full((rows, signal.top_k), np.nan, dtype=np.float32)
+    return SequenceScore(
+        id="",
+        valid=np.zeros(rows, dtype=np.bool_),
+        sampled=np.full(rows, np.nan, dtype=np.float32),
+        entropy=np.full(rows, np.nan, dtype=np.float32),
+        top_ids=np.full((rows, signal.top_k), PAD_ID, dtype=np.int32),
+        top_logprobs=nothing,
+        candidate_logprobs=None if candidates is None else np.full(candidates.shape, np.nan, np.float32),
     )
 
 

@@ -56,7 +56,7 @@ class Collector:
         self._run = config.run
         self._per_step = config.training.prompts_per_step
         self._staleness = config.training.max_staleness
-        self._teachers = [teacher for teacher, _ in expected.plan.view_requests.values()]
+        self._teachers = expected.plan.scoring_teachers
         self._reader = reader
         self._pacer = pacer
         self._watch = watch

@@ -17,7 +17,7 @@ DropReason = Literal["stale", "failed", "identity", "shape", "no_score"]
 
 @dataclass(slots=True)
 class TeacherPin:
-    """The identity every score of a view must carry: that of the first score of the run."""
+    """The identity every score of a teacher must carry: that of its first score of the run."""
 
     model: str
     revision: str
@@ -42,6 +42,7 @@ class Ledger:
     applied: IndexSet = field(default_factory=IndexSet)
     dropped: IndexSet = field(default_factory=IndexSet)
     drop_counts: Counter[str] = field(default_factory=Counter)
+    missing_views: Counter[str] = field(default_factory=Counter)  # groups trained without scores of a view
     refused_steps: int = 0
     pins: dict[str, TeacherPin] = field(default_factory=dict)
     pending_evaluations: list[int] = field(default_factory=list)
@@ -64,8 +65,8 @@ class Ledger:
         document["dropped"] = self.dropped.intervals()
         document["lineage"] = lineage_to_document(self.lineage)
         document["pins"] = {
-            view: {name: getattr(pin, name) for name in TeacherPin.__slots__}
-            for view, pin in self.pins.items()
+            teacher: {name: getattr(pin, name) for name in TeacherPin.__slots__}
+            for teacher, pin in self.pins.items()
         }
         return json.dumps(document, indent=1, sort_keys=True)
 
@@ -76,5 +77,6 @@ class Ledger:
         document["dropped"] = IndexSet(document["dropped"])
         document["lineage"] = lineage_from_document(document["lineage"])
         document["drop_counts"] = Counter(document["drop_counts"])
-        document["pins"] = {view: TeacherPin(**pin) for view, pin in document["pins"].items()}
+        document["missing_views"] = Counter(document["missing_views"])
+        document["pins"] = {teacher: TeacherPin(**pin) for teacher, pin in document["pins"].items()}
         return cls(**document)

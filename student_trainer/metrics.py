@@ -88,6 +88,7 @@ def step_record(
     record |= {f"seconds_{name}": value for name, value in seconds.items()}
     record |= {f"groups_dropped_{reason}": count for reason, count in sorted(ledger.drop_counts.items())}
     record |= {f"groups_without_{view}": count for view, count in sorted(ledger.missing_views.items())}
+    record |= {f"groups_without_{view}": count for view, count in sorted(ledger.missing_views.items())}
     return record
 
 

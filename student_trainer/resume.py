@@ -57,7 +57,7 @@ def fixed_settings(config: RunConfig, plan: Plan) -> dict[str, Any]:
     Groups that are queued were sampled and scored as the run file then said: whatever shapes them
     belongs here, or they would be refused one after the other, or trained as what they are not.
     """
-    lora, deterministic = config.student.lora, config.run.deterministic
+    lora, deterministic, guide = config.student.lora, config.run.deterministic, config.sampling.context
     return {
         "run.name": config.run.name,
         "run.seed": config.run.seed,
@@ -68,9 +68,17 @@ def fixed_settings(config: RunConfig, plan: Plan) -> dict[str, Any]:
         "objective.temperature": plan.temperature,
         "objective.k": plan.k,
         "objective.views": {
-            view: {"teacher": teacher, **asdict(signal)}
+            view: {
+                "teacher": teacher,
+                **asdict(signal),
+                "context": [template.model_dump() for template in plan.contexts.get(view, ())],
+                "missing": plan.missing.get(view),
+                "route": dict(plan.routes.get(view, {})),
+                "weight_field": plan.weight_fields.get(view),
+            }
             for view, (teacher, signal) in plan.view_requests.items()
         },
+        "sampling.context": None if guide is None else guide.model_dump(),
         "student.model": config.student.model,
         "student.revision": config.student.revision,
         "student.dtype": config.student.dtype,

@@ -142,8 +142,8 @@ async def _build(
     await _check_queue(config, queue, ledger.run_id)
     policies = PolicyStore(config.run.directory / "policy")
     pacer = Pacer(queue, config, ledger)
-    teachers = sorted({teacher for teacher, _ in plan.view_requests.values()})
-    watch = Watch(queue, config.run.name, [sampler_role(config.run.name), *map(teacher_role, teachers)])
+    roles = [sampler_role(config.run.name), *map(teacher_role, plan.scoring_teachers)]
+    watch = Watch(queue, config.run.name, roles)
     return Parts(
         config=config,
         queue=queue,

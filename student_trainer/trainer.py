@@ -153,6 +153,7 @@ class Trainer:
             ledger.applied.add(group.index)
             ledger.tokens_sampled += group.num_tokens
             ledger.tokens_scored += group.num_scores
+            ledger.missing_views.update(group.missing_views)
         ledger.step += 1
         refused = None if result.refused is None else result.refused.reason
         record_trained(groups, began_ns, step=ledger.step, refused=refused)

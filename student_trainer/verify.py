@@ -7,13 +7,12 @@ asked for. A rollout whose own scoring failed is left out alone.
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass, replace
-from math import isclose
+from dataclasses import dataclass, field, replace
+from math import inf, isclose, nan
 
 import numpy as np
 import numpy.typing as npt
 from tutelage.v1.rollout_pb2 import Group, Rollout
-from tutelage.v1.teacher_pb2 import ScoreResponse
 from tutelage_client.codec import score_from_proto, unpack_ids
 from tutelage_client.errors import TutelageError
 from tutelage_client.types import PAD_ID, Identity, Int32Array, SequenceScore, Signal
@@ -37,13 +36,17 @@ class RefusedGroupError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class TrainingRollout:
-    """One response of R tokens with the scores of every view the plan needs."""
+    """One response of R tokens with the scores of its views: all that the plan needs, or all there are.
+
+    `marked` says whether every view with templates had a context of its own for it.
+    """
 
     response_ids: Int32Array  # [R]
     behaviour_logprobs: Float32Array  # [R]
     candidate_ids: Int32Array | None  # [R, C], PAD_ID where there is none
     reward: float | None
     scores: Mapping[str, SequenceScore]
+    marked: bool = True
 
     @property
     def length(self) -> int:
@@ -72,6 +75,8 @@ class TrainingGroup:
     distance: int = 0  # updates between the weights that sampled it and those it trains; set on collection
     score_seconds: float = 0.0  # what the engines spent on it
     traceparent: str = ""  # W3C, of its rollout
+    view_weights: Mapping[str, float] = field(default_factory=dict)  # factors of coefficients; 1 where absent
+    missing_views: tuple[str, ...] = ()  # those that did not score every rollout
 
     @property
     def num_tokens(self) -> int:
@@ -99,27 +104,32 @@ class Expectations:
 def verify_group(
     scored: ScoredGroup, expected: Expectations, pins: MutableMapping[str, TeacherPin]
 ) -> TrainingGroup:
-    """Check a scored group; the first score of a view pins the teacher's identity in `pins`.
+    """Check a scored group; the first score of a teacher pins its identity in `pins`.
+
+    A rollout that some view could not score is left out. With the plan's missing_view = "renormalise" it
+    goes on with its other views, and so does a group of which a whole view failed.
 
     Raises:
         RefusedGroupError: with the reason under which it is counted.
     """
-    if scored.errors:
+    plan, group = expected.plan, scored.group
+    asked = [view for view in plan.view_requests if view not in scored.errors]
+    if scored.errors and (plan.missing_view == "drop" or not asked):
         errors = "; ".join(f"view {view!r}: {error}" for view, error in sorted(scored.errors.items()))
         raise RefusedGroupError("failed", errors)
-    group = scored.group
     try:
         prompt_ids, rollouts = _verify_rollouts(group, expected)
-        scores = {
-            view: _verify_view(view, scored.scores.get(view), rollouts, expected, pins)
-            for view in expected.plan.view_requests
-        }
+        scores = {view: _verify_view(view, scored, rollouts, expected, pins) for view in asked}
     except TutelageError as error:
         raise RefusedGroupError("shape", error.message) from error
-    places = tuple(i for i in range(len(rollouts)) if all(view[i].error is None for view in scores.values()))
+    found = [
+        {view: answers[i] for view, answers in scores.items() if answers[i].error is None}
+        for i in range(len(rollouts))
+    ]
+    needed = len(plan.view_requests) if plan.missing_view == "drop" else min(1, len(plan.view_requests))
+    places = tuple(i for i, views in enumerate(found) if len(views) >= needed)
     if not places:
-        first = next(view[0].error for view in scores.values() if view[0].error is not None)
-        raise RefusedGroupError("no_score", f"no rollout was scored: {first.code}: {first.message}")
+        raise RefusedGroupError("no_score", f"no rollout was scored: {_first_error(scores)}")
     return TrainingGroup(
         id=group.id,
         index=group.index,
@@ -127,15 +137,32 @@ def verify_group(
         prompt_ids=prompt_ids,
         prompt_text=group.prompt_text,
         sampled_by=group.sampled_by,
-        rollouts=tuple(
-            _with_scores(rollouts[i], {view: found[i] for view, found in scores.items()}) for i in places
-        ),
+        rollouts=tuple(replace(rollouts[i], scores=found[i]) for i in places),
         places=places,
         rewards=tuple(rollout.reward for rollout in rollouts),
         lineage=from_proto(group.lineage),
         score_seconds=sum(response.usage.compute_ms for response in scored.scores.values()) / 1e3,
         traceparent=group.traceparent,
+        view_weights=_view_weights(group, plan),
+        missing_views=tuple(view for view in plan.view_requests if any(view not in found[i] for i in places)),
     )
+
+
+def _first_error(scores: Mapping[str, tuple[SequenceScore, ...]]) -> str:
+    return next(
+        f"view {view!r}: {answer.error.code}: {answer.error.message}"
+        for view, answers in scores.items()
+        for answer in answers
+        if answer.error is not None
+    )
+
+
+def _view_weights(group: Group, plan: Plan) -> dict[str, float]:
+    weights = {view: group.view_weights.get(view, nan) for view in plan.weight_fields}
+    for view, weight in weights.items():
+        if not 0 <= weight < inf:
+            raise _shape(f"view_weights[{view!r}]: got {weight}, expected a finite factor of at least 0")
+    return weights
 
 
 def _verify_rollouts(group: Group, expected: Expectations) -> tuple[Int32Array, list[TrainingRollout]]:
@@ -165,7 +192,19 @@ def _decode_rollout(place: int, rollout: Rollout, expected: Expectations) -> Tra
         candidate_ids=_candidates(name, rollout, len(response_ids), expected),
         reward=rollout.reward if rollout.HasField("reward") else None,
         scores={},
+        marked=_marked(name, rollout, expected.plan),
     )
+
+
+def _marked(name: str, rollout: Rollout, plan: Plan) -> bool:
+    """Whether every view with templates had its own context; it must have, where it may not go without."""
+    own, templated = set(rollout.privileged_views), set(plan.contexts)
+    strict = {view for view, missing in plan.missing.items() if missing == "error"}
+    if not strict <= own <= templated:
+        raise _shape(
+            f"{name}.privileged_views: got {sorted(own)}, expected {sorted(strict)} of {sorted(templated)}"
+        )
+    return own == templated
 
 
 def _candidates(name: str, rollout: Rollout, length: int, expected: Expectations) -> Int32Array | None:
@@ -184,19 +223,21 @@ def _candidates(name: str, rollout: Rollout, length: int, expected: Expectations
 
 def _verify_view(
     view: str,
-    response: ScoreResponse | None,
+    scored: ScoredGroup,
     rollouts: list[TrainingRollout],
     expected: Expectations,
     pins: MutableMapping[str, TeacherPin],
 ) -> tuple[SequenceScore, ...]:
     """One entry per rollout, in their order; identity first, so that a wrong teacher is called that."""
+    response = scored.scores.get(view)
     if response is None:
         raise _shape(f"view {view!r}: there is no score")
-    teacher, signal = expected.plan.view_requests[view]
+    _, signal = expected.plan.view_requests[view]
     score = score_from_proto(response)
+    teacher = _verify_teacher(view, score.identity, scored.group.tag, expected.plan)
     if teacher not in expected.fake_teachers:
         _verify_tokenizer(view, score.identity, expected.tokenizer_fingerprint)
-    _verify_pin(view, score.identity, pins)
+    _verify_pin(teacher, score.identity, pins)
     if len(score.sequences) != len(rollouts):
         raise _shape(f"view {view!r}: got {len(score.sequences)} scores for {len(rollouts)} rollouts")
     verified = []
@@ -221,13 +262,26 @@ def _verify_tokenizer(view: str, identity: Identity, fingerprint: str) -> None:
         )
 
 
-def _verify_pin(view: str, identity: Identity, pins: MutableMapping[str, TeacherPin]) -> None:
+def _verify_teacher(view: str, identity: Identity, tag: str, plan: Plan) -> str:
+    """Its name; of a routed view it must be the one that the example's tag routes to."""
+    teacher = plan.teacher_of(view, tag)
+    if teacher is None:
+        allowed = ", ".join(sorted(plan.routes[view]))
+        raise RefusedGroupError("identity", f"view {view!r}: no teacher for tag {tag!r}, allowed: {allowed}")
+    if teacher and identity.name != teacher:
+        raise RefusedGroupError(
+            "identity", f"view {view!r}: scored by {identity.name!r}, asked of {teacher!r}"
+        )
+    return identity.name
+
+
+def _verify_pin(teacher: str, identity: Identity, pins: MutableMapping[str, TeacherPin]) -> None:
     seen = TeacherPin(
         identity.model, identity.revision, identity.weights_version, identity.tokenizer_fingerprint
     )
-    pinned = pins.setdefault(view, seen)
+    pinned = pins.setdefault(teacher, seen)
     if pinned != seen:
-        raise RefusedGroupError("identity", f"view {view!r}: scored by {seen}, the run began with {pinned}")
+        raise RefusedGroupError("identity", f"teacher {teacher!r}: {seen}, the run began with {pinned}")
 
 
 def _restrict_support(where: str, score: SequenceScore, vocab_size: int) -> SequenceScore:
@@ -263,12 +317,6 @@ def _verify_arrays(where: str, score: SequenceScore, rollout: TrainingRollout, s
             raise _shape(
                 f"{where}.{name}: got shape {None if array is None else array.shape}, expected {shape}"
             )
-
-
-def _with_scores(rollout: TrainingRollout, scores: Mapping[str, SequenceScore]) -> TrainingRollout:
-    return TrainingRollout(
-        rollout.response_ids, rollout.behaviour_logprobs, rollout.candidate_ids, rollout.reward, scores
-    )
 
 
 def _check_ids(name: str, ids: Int32Array, vocab_size: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import structlog
 
@@ -56,7 +57,7 @@ class Watch:
         dead = await self._queue.dead_orders(self._run, count=1)
         return f"order {dead[0].order} was given up: {dead[0].error}" if dead else "no order was given up"
 
-    async def idle(self, teachers: list[str]) -> bool:
+    async def idle(self, teachers: Sequence[str]) -> bool:
         """Whether neither samplers nor teachers have anything left to do for the run."""
         orders = (await self._queue.run_stats(self._run)).orders
         if orders.waiting + orders.in_flight:

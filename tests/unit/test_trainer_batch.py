@@ -244,7 +244,7 @@ def test_teacher_ids_that_the_student_has_no_row_for_are_left_to_the_tail(plan: 
 def test_teacher_that_changes_during_a_run_is_refused(changed: dict[str, object]) -> None:
     pins: dict[str, TeacherPin] = {}
     verify_group(scored_group(0, SAMPLED), make_expectations(SAMPLED), pins)
-    assert pins["teacher"] == TeacherPin("m", "r0", 0, FINGERPRINT)
+    assert pins["big"] == TeacherPin("m", "r0", 0, FINGERPRINT)
     group = make_group(1, SAMPLED)
     other = make_scores(group, SAMPLED, identity=replace(IDENTITY, **changed))
     with pytest.raises(RefusedGroupError, match="the run began with") as caught:
@@ -267,7 +267,10 @@ def test_group_none_of_whose_rollouts_was_scored_is_refused() -> None:
     group = make_group(0, SAMPLED, lengths=(2,))
     bad = SequenceScore(id="0", error=SequenceError("INVALID_ARGUMENT", "too long"))
     score = replace(make_scores(group, SAMPLED), sequences=(bad,))
-    assert refused(group, score) == ("no_score", "no rollout was scored: INVALID_ARGUMENT: too long")
+    assert refused(group, score) == (
+        "no_score",
+        "no rollout was scored: view 'teacher': INVALID_ARGUMENT: too long",
+    )
 
 
 @pytest.mark.parametrize(
