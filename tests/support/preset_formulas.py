@@ -3,26 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from support.preset_problem import (
-    FIRST,
-    LENGTHS,
-    LOG_MU,
-    LOG_OLD,
-    LOG_P,
-    REWARD,
-    SECOND,
-    SHARES,
-    K,
-    Loss,
-    T,
-    at_sampled,
-)
-
-LOG_U = at_sampled(FIRST) - LOG_MU
+from support.preset_problem import Formula, Problem
 
 
 def kl(p: Tensor, q: Tensor) -> Tensor:
@@ -47,94 +33,118 @@ def among(log_x: Tensor, ids: Tensor) -> Tensor:
     return inside / inside.sum(-1, keepdim=True)
 
 
-def top(log_x: Tensor) -> Tensor:
-    """The K most probable ids."""
-    return log_x.topk(K).indices
+def moved(x: Problem, since: Tensor, cap: float = math.inf) -> Tensor:
+    """min(p/since, cap) of the sampled token, a fixed weight, [T]."""
+    return (x.of(x.student) - since).exp().clamp(max=cap)
 
 
-def importance(advantage: Tensor, cap: float = math.inf) -> Loss:
-    """−min(p/μ, cap)·A·(…): the weight is fixed, the sampled log-probability learns."""
+def evidence(x: Problem) -> Tensor:
+    """log q(y) − log μ(y), [T]."""
+    return x.of(x.first) - x.behaviour
 
-    def loss(log_p: Tensor) -> Tensor:
-        weight = (at_sampled(LOG_P) - LOG_MU).exp().clamp(max=cap)
-        return -(weight * advantage * (1 + at_sampled(log_p) - at_sampled(LOG_P))).mean()
+
+def importance(advantage: Callable[[Problem], Tensor], cap: float = math.inf) -> Formula:
+    """−min(p/μ, cap)·A: the weight is fixed, the sampled log-probability learns."""
+
+    def loss(x: Problem, log_p: Tensor) -> Tensor:
+        learns = 1 + x.of(log_p) - x.of(x.student)
+        return -(moved(x, x.behaviour, cap) * advantage(x) * learns).mean()
 
     return loss
 
 
 def clipped(
-    advantage: Tensor, log_p: Tensor, log_old: Tensor, high: float = 0.2, dual: float = math.inf
+    x: Problem,
+    advantage: Tensor,
+    log_p: Tensor,
+    since: Tensor,
+    *,
+    high: float = 0.2,
+    dual: float = math.inf,
 ) -> Tensor:
     """PPO's surrogate with the dual clip, [T]."""
-    ratio = (at_sampled(log_p) - log_old).exp()
+    ratio = (x.of(log_p) - since).exp()
     worst = torch.maximum(-ratio * advantage, -ratio.clamp(0.8, 1 + high) * advantage)
     return torch.where(advantage < 0, torch.minimum(worst, -dual * advantage), worst)
 
 
-def per_response(losses: Tensor) -> Tensor:
+def per_response(x: Problem, losses: Tensor) -> Tensor:
     """Every response alike: the mean of the responses' means."""
-    return torch.stack([part.mean() for part in losses.split(LENGTHS.tolist())]).mean()
+    return torch.stack([part.mean() for part in losses.split(x.lengths.tolist())]).mean()
 
 
-def grpo(log_p: Tensor) -> Tensor:
-    return per_response(clipped(REWARD, log_p, LOG_MU))
+def grpo(x: Problem, log_p: Tensor) -> Tensor:
+    return per_response(x, clipped(x, x.advantage, log_p, x.behaviour))
 
 
-def g_opd(target: Tensor) -> Loss:
+def g_opd(target: Callable[[Problem], Tensor]) -> Formula:
     """A = target − log p_old, between p_old and p; from μ to p_old a weight of at most 5."""
-    weight = (LOG_OLD - LOG_MU).exp().clamp(max=5.0)
-    return lambda log_p: (weight * clipped(target - LOG_OLD, log_p, LOG_OLD, dual=3.0)).mean()
+
+    def loss(x: Problem, log_p: Tensor) -> Tensor:
+        weight = (x.old - x.behaviour).exp().clamp(max=5.0)
+        return (weight * clipped(x, x.of(target(x)) - x.old, log_p, x.old, dual=3.0)).mean()
+
+    return loss
 
 
-def gkd(log_p: Tensor) -> Tensor:
-    return jsd(with_rest(log_p, top(FIRST)), with_rest(FIRST, top(FIRST))).mean()
+def gkd(x: Problem, log_p: Tensor) -> Tensor:
+    ids = x.top(x.first)
+    return jsd(with_rest(log_p, ids), with_rest(x.first, ids)).mean()
 
 
-def typhoon_s(log_p: Tensor) -> Tensor:
-    return kl(with_rest(FIRST, top(FIRST)), with_rest(log_p, top(FIRST))).mean()
+def typhoon_s(x: Problem, log_p: Tensor) -> Tensor:
+    ids = x.top(x.first)
+    return kl(with_rest(x.first, ids), with_rest(log_p, ids)).mean()
 
 
-def qwen3(log_p: Tensor) -> Tensor:
-    return kl(with_rest(log_p, top(LOG_P)), with_rest(FIRST, top(LOG_P))).mean()
+def reverse(x: Problem, log_p: Tensor) -> Tensor:
+    """KL(p‖q) on the student's most probable ids and the rest, [T]."""
+    ids = x.top(x.student)
+    return kl(with_rest(log_p, ids), with_rest(x.first, ids))
 
 
-def stopped(log_p: Tensor) -> Tensor:
+def stopped(x: Problem, log_p: Tensor) -> Tensor:
     """−Σ_S p (log q − sg log p), [T]."""
-    s, t = (x.gather(1, top(LOG_P)) for x in (log_p, FIRST))
+    s, t = (y.gather(1, x.top(x.student)) for y in (log_p, x.first))
     return -(s.exp() * (t - s.detach())).sum(-1)
 
 
-def ta_opd(log_p: Tensor) -> Tensor:
-    score = stopped(LOG_P) * FIRST.gather(1, top(LOG_P)).exp().sum(-1)
-    kept = score.topk(math.ceil(0.05 * T)).indices
-    return stopped(log_p)[kept].sum() / T
+def ta_opd(x: Problem, log_p: Tensor) -> Tensor:
+    score = stopped(x, x.student) * x.first.gather(1, x.top(x.student)).exp().sum(-1)
+    kept = score.topk(math.ceil(0.05 * len(score))).indices
+    return stopped(x, log_p)[kept].sum() / len(score)
 
 
-def iw_weight() -> Tensor:
+def iw_advantage(x: Problem) -> Tensor:
     rows = []
-    for sizes in LOG_U.abs().split(LENGTHS.tolist()):
+    for sizes in evidence(x).abs().split(x.lengths.tolist()):
         rows.append(1 + 0.5 * (1 - sizes.cumsum(0) / sizes.sum()))
-    return torch.cat(rows)
+    return torch.cat(rows) * evidence(x)
 
 
-def mad_opd(log_p: Tensor) -> Tensor:
-    each = [jsd(with_rest(log_p, top(q)), with_rest(q, top(q))) for q in (FIRST, SECOND)]
-    return (SHARES * each[0] + (1 - SHARES) * each[1]).mean()
+def opd_plus(x: Problem) -> Tensor:
+    return 0.5 * ((1 + evidence(x).exp()) / 2).log()
 
 
-EXTRAPOLATED = 1.25 * at_sampled(FIRST) - 0.25 * at_sampled(SECOND)
-FORMULAS: dict[str, Loss] = {
-    "thinking-machines": importance(LOG_U),
-    "qwen3-strong-to-weak": qwen3,
+def mad_opd(x: Problem, log_p: Tensor) -> Tensor:
+    total = torch.zeros(len(log_p), dtype=log_p.dtype)
+    for q, factor in zip(x.views, x.factors, strict=False):
+        total = total + factor * jsd(with_rest(log_p, x.top(q)), with_rest(q, x.top(q)))
+    return total.mean()
+
+
+FORMULAS: dict[str, Formula] = {
+    "thinking-machines": importance(evidence),
+    "qwen3-strong-to-weak": lambda x, log_p: reverse(x, log_p).mean(),
     "gkd": gkd,
     "typhoon-s": typhoon_s,
-    "many-faces": lambda log_p: stopped(log_p).mean(),
+    "many-faces": lambda x, log_p: stopped(x, log_p).mean(),
     "grpo": grpo,
-    "opd-plus": importance(0.5 * ((1 + LOG_U.exp()) / 2).log()),
-    "g-opd": g_opd(at_sampled(FIRST)),
-    "exopd": g_opd(EXTRAPOLATED),
+    "opd-plus": importance(opd_plus),
+    "g-opd": g_opd(lambda x: x.first),
+    "exopd": g_opd(lambda x: 1.25 * x.first - 0.25 * x.second),
     "ta-opd": ta_opd,
-    "iw-opd": importance(iw_weight() * LOG_U),
-    "lightning": lambda log_p: -((at_sampled(FIRST) - LOG_OLD) * at_sampled(log_p)).mean(),
+    "iw-opd": importance(iw_advantage),
     "mad-opd": mad_opd,
+    "lightning": lambda x, log_p: -((x.of(x.first) - x.old) * x.of(log_p)).mean(),
 }

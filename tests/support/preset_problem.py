@@ -1,12 +1,12 @@
-"""A random tabular problem on which presets are compared with formulas written out in plain torch.
+"""What the formula of a preset is a function of, and a random tabular one of these.
 
-Two responses, three views, float64; the hidden rows are the logits and the head is the identity. Nothing here
-but `trained` and `plan_of` uses the trainer.
+Two responses, three views, float64; the hidden rows are the logits and the head is the identity.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -19,30 +19,72 @@ from student_trainer.objective.settings import ObjectiveSettings
 from student_trainer.objective.weights import position_weights, token_mask
 from support.tabular import V, random_logits
 
-LENGTHS = torch.tensor([12, 18])
-T = int(LENGTHS.sum())
 K = 4
-LOGITS = random_logits(T, 1)
-LOG_P = LOGITS.log_softmax(-1)
-FIRST, SECOND, THIRD = (random_logits(T, seed).log_softmax(-1) for seed in (2, 3, 6))  # the views, in order
-SAMPLED = torch.randint(V, (T,), generator=torch.Generator().manual_seed(4))
-IN_FIRST = torch.arange(T) < 12  # which positions belong to the first response
-REWARD = torch.where(IN_FIRST, 1.0, -0.5).double()  # the advantage
-PAID = torch.where(IN_FIRST, 1.0, 0.0).double()  # the reward itself
-MARKED = IN_FIRST
-SHARES = torch.where(IN_FIRST, 0.7, 0.2).double()  # of the first of two views; the other has the rest
 REQUIRED: dict[str, dict[str, Any]] = {"tokens.skip_ids": {"tokens": {"skip_ids": [3, 5]}}}
 
-Loss: TypeAlias = Callable[[Tensor], Tensor]  # log p [T, V] → the whole loss
+
+@dataclass(frozen=True)
+class Problem:
+    """T positions of some responses, one after the other; log-probabilities over the whole vocabulary.
+
+    `student` is what the student thinks as the loss is taken; formulas are differentiated elsewhere.
+    """
+
+    student: Tensor  # [T, V]
+    views: tuple[Tensor, ...]  # [T, V] each
+    sampled: Tensor  # int64 [T]
+    behaviour: Tensor  # [T], log μ(y)
+    old: Tensor  # [T], log p_old(y)
+    lengths: Tensor  # int64 [B]
+    advantage: Tensor  # [T], the reward's, relative to its group
+    paid: Tensor  # [T], the reward itself
+    marked: Tensor  # bool [T]
+    factors: tuple[Tensor, ...] = ()  # [T], of views that examples weigh
+    k: int = K
+
+    def of(self, log_x: Tensor) -> Tensor:
+        """[T], at the sampled token."""
+        return log_x.gather(1, self.sampled[:, None])[:, 0]
+
+    @property
+    def first(self) -> Tensor:
+        return self.views[0]
+
+    @property
+    def second(self) -> Tensor:
+        return self.views[1]
+
+    def top(self, log_x: Tensor) -> Tensor:
+        """The k most probable ids."""
+        return log_x.topk(self.k).indices
 
 
-def at_sampled(log_x: Tensor) -> Tensor:
-    """[T], of the sampled token."""
-    return log_x.gather(1, SAMPLED[:, None])[:, 0]
+Formula: TypeAlias = Callable[[Problem, Tensor], Tensor]  # log p [T, V], differentiable → the whole loss
+
+LENGTHS = torch.tensor([12, 18])
+T = int(LENGTHS.sum())
+LOGITS = random_logits(T, 1)
 
 
-LOG_MU = at_sampled(LOG_P) + 0.8 * random_logits(1, 5, T)[0]
-LOG_OLD = at_sampled(LOG_P) + 0.5 * random_logits(1, 7, T)[0]
+def random_problem() -> Problem:
+    """The tabular one."""
+    student = LOGITS.log_softmax(-1)
+    sampled = torch.randint(V, (T,), generator=torch.Generator().manual_seed(4))
+    own = student.gather(1, sampled[:, None])[:, 0]
+    in_first = torch.arange(T) < LENGTHS[0]
+    shares = torch.where(in_first, 0.7, 0.2).double()
+    return Problem(
+        student=student,
+        views=tuple(random_logits(T, seed).log_softmax(-1) for seed in (2, 3, 6)),
+        sampled=sampled,
+        behaviour=own + 0.8 * random_logits(1, 5, T)[0],
+        old=own + 0.5 * random_logits(1, 7, T)[0],
+        lengths=LENGTHS,
+        advantage=torch.where(in_first, 1.0, -0.5).double(),
+        paid=torch.where(in_first, 1.0, 0.0).double(),
+        marked=in_first,
+        factors=(shares, 1 - shares),
+    )
 
 
 def required(name: str) -> dict[str, Any]:
@@ -59,41 +101,42 @@ def plan_of(name: str, **overrides: Any) -> Plan:
     return plan
 
 
-def make_batch(plan: Plan) -> TokenBatch:
+def make_batch(plan: Plan, x: Problem) -> TokenBatch:
     """What a trainer would collect for this plan."""
-    log_qs = dict(zip(plan.views, (FIRST, SECOND, THIRD), strict=False))
-    mask = token_mask(plan.tokens, LENGTHS)
+    mask = token_mask(plan.tokens, x.lengths)
+    mask = mask & x.marked if plan.tokens.marked_only else mask
+    sequences = sum(bool(part.any()) for part in mask.split(x.lengths.tolist()))
     views = {}
-    for view, log_q in log_qs.items():
-        ids = (log_q if plan.support == "teacher_topk" else LOG_P).topk(K).indices
+    for view, log_q in zip(plan.views, x.views, strict=False):
+        ids = x.top(log_q if plan.support == "teacher_topk" else x.student)
         entropy = -(log_q.exp() * log_q).sum(-1)
-        views[view] = ViewTensors(at_sampled(log_q), ids, log_q.gather(1, ids), entropy)
+        views[view] = ViewTensors(x.of(log_q), ids, log_q.gather(1, ids), entropy)
     weight = position_weights(
-        mask, LENGTHS, plan.normalisation, total_tokens=int(mask.sum()), total_sequences=len(LENGTHS)
+        mask, x.lengths, plan.normalisation, total_tokens=int(mask.sum()), total_sequences=sequences
     )
     return TokenBatch(
-        sampled_ids=SAMPLED,
-        behaviour_logprobs=LOG_MU,
+        sampled_ids=x.sampled,
+        behaviour_logprobs=x.behaviour,
         mask=mask,
         weight=weight.double(),
         views=views,
-        reward_advantage=REWARD,
-        sequence_lengths=LENGTHS,
-        marked=MARKED,
-        old_logprobs=LOG_OLD,
-        rewards=PAID,
-        view_factors=dict(zip(plan.weight_fields, (SHARES, 1 - SHARES), strict=False)),
+        reward_advantage=x.advantage,
+        sequence_lengths=x.lengths,
+        marked=x.marked,
+        old_logprobs=x.old,
+        rewards=x.paid,
+        view_factors=dict(zip(plan.weight_fields, x.factors, strict=False)),
     )
 
 
 def trained(plan: Plan) -> tuple[Tensor, Tensor]:
-    """The trainer's loss and its gradient by the logits."""
+    """The trainer's loss of the tabular problem, and its gradient by the logits."""
     leaf = LOGITS.clone().requires_grad_()
     out = objective_loss(
         leaf,
         torch.eye(V, dtype=torch.float64),
         None,
-        make_batch(plan),
+        make_batch(plan, random_problem()),
         plan,
         distill_open=None if plan.gate is None else True,
     )
@@ -102,10 +145,10 @@ def trained(plan: Plan) -> tuple[Tensor, Tensor]:
     return out.loss.detach(), leaf.grad
 
 
-def written_out(formula: Loss) -> tuple[Tensor, Tensor]:
-    """A formula's loss and its gradient by the logits, by autograd."""
+def written_out(formula: Formula) -> tuple[Tensor, Tensor]:
+    """The formula's, by autograd."""
     leaf = LOGITS.clone().requires_grad_()
-    loss = formula(leaf.log_softmax(-1))
+    loss = formula(random_problem(), leaf.log_softmax(-1))
     loss.backward()
     assert leaf.grad is not None
     return loss.detach(), leaf.grad

@@ -3,83 +3,78 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
-from support.preset_formulas import LOG_U, clipped, jsd, kl, per_response, top, with_rest
-from support.preset_problem import (
-    FIRST,
-    IN_FIRST,
-    LENGTHS,
-    LOG_MU,
-    LOG_OLD,
-    LOG_P,
-    REWARD,
-    Loss,
-    T,
-    at_sampled,
-)
-from support.tabular import V
-
-ENTROPY = -(FIRST.exp() * FIRST).sum(-1)
+from support.preset_formulas import clipped, evidence, jsd, per_response, reverse, with_rest
+from support.preset_problem import Formula, Problem
 
 
-def modulated(share: float, factor: Tensor) -> Tensor:
-    """The reward's advantage, a share of it times the factor, [T]."""
-    return REWARD * (1 - share + share * factor)
+def surrogate(advantage: Callable[[Problem], Tensor], high: float = 0.2) -> Formula:
+    return lambda x, log_p: clipped(x, advantage(x), log_p, x.behaviour, high=high).mean()
 
 
-def towards_teacher(bound: float) -> Tensor:
+def towards_teacher(x: Problem, bound: float) -> Tensor:
     """clip((q/μ)^sign A, 1 ± bound), [T]."""
-    return (LOG_U * REWARD.sign()).exp().clamp(1 - bound, 1 + bound)
+    return (evidence(x) * x.advantage.sign()).exp().clamp(1 - bound, 1 + bound)
 
 
-def surrogate(advantage: Tensor, high: float = 0.2) -> Loss:
-    return lambda log_p: clipped(advantage, log_p, LOG_MU, high).mean()
+def rlsd(x: Problem) -> Tensor:
+    return x.advantage * (0.5 + 0.5 * towards_teacher(x, 0.2))
 
 
-def rlrt() -> Tensor:
-    away = (-LOG_U).exp().clamp(0, 2)
-    return torch.where(IN_FIRST, modulated(0.5, away), REWARD)
+def rlrt(x: Problem) -> Tensor:
+    away = (-evidence(x)).exp().clamp(0, 2)
+    return torch.where(x.advantage > 0, x.advantage * (0.5 + 0.5 * away), x.advantage)
 
 
-def egrsd(entropy: Tensor) -> Tensor:
-    return REWARD * towards_teacher(0.2) * (1 - entropy / math.log(V)).clamp(0.1, 1)
+def entropy(x: Problem) -> Tensor:
+    return -(x.first.exp() * x.first).sum(-1)
 
 
-def least_ahead(window: int) -> Tensor:
+def least_ahead(x: Problem, window: int) -> Tensor:
     """The least entropy of a token and the next ones of its response, [T]."""
-    rows = ENTROPY.split(LENGTHS.tolist())
+    rows = entropy(x).split(x.lengths.tolist())
     return torch.stack([row[t : t + window + 1].min() for row in rows for t in range(len(row))])
 
 
-def antisd() -> Tensor:
-    return REWARD - 0.5 * (torch.nn.functional.softplus(LOG_U) - math.log(2)) / 2
+def egrsd(unsure: Callable[[Problem], Tensor]) -> Callable[[Problem], Tensor]:
+    def advantage(x: Problem) -> Tensor:
+        sure = (1 - unsure(x) / math.log(x.first.shape[1])).clamp(0.1, 1)
+        return x.advantage * towards_teacher(x, 0.2) * sure
+
+    return advantage
 
 
-def kepo(log_p: Tensor) -> Tensor:
-    distance = jsd(with_rest(log_p, top(FIRST)), with_rest(FIRST, top(FIRST)))
-    return per_response(clipped(REWARD, log_p, LOG_MU) + torch.where(IN_FIRST, distance, 0))
+def antisd(x: Problem) -> Tensor:
+    return x.advantage - 0.5 * (softplus(evidence(x)) - math.log(2)) / 2
 
 
-def pi_play(log_p: Tensor) -> Tensor:
-    distance = kl(with_rest(log_p, top(LOG_P)), with_rest(FIRST, top(LOG_P)))
-    return per_response(clipped(REWARD, log_p, LOG_MU) + distance)
+def kepo(x: Problem, log_p: Tensor) -> Tensor:
+    ids = x.top(x.first)
+    distance = jsd(with_rest(log_p, ids), with_rest(x.first, ids))
+    paid = clipped(x, x.advantage, log_p, x.behaviour)
+    return per_response(x, paid + torch.where(x.paid > 0.5, distance, 0))
 
 
-def edge_opd(log_p: Tensor) -> Tensor:
-    supported = at_sampled(FIRST) > at_sampled(LOG_P)
-    advantage = at_sampled(FIRST) - LOG_OLD
-    return -(advantage * at_sampled(log_p))[supported].sum() / T
+def pi_play(x: Problem, log_p: Tensor) -> Tensor:
+    return per_response(x, clipped(x, x.advantage, log_p, x.behaviour) + reverse(x, log_p))
 
 
-FORMULAS: dict[str, Loss] = {
-    "rlsd": surrogate(modulated(0.5, towards_teacher(0.2)), high=0.28),
-    "rlrt": surrogate(rlrt()),
-    "egrsd": surrogate(egrsd(ENTROPY)),
-    "cl-egrsd": surrogate(egrsd(least_ahead(4))),
-    "antisd": surrogate(antisd()),
+def edge_opd(x: Problem, log_p: Tensor) -> Tensor:
+    supported = x.of(x.first) > x.of(x.student)
+    return -torch.where(supported, (x.of(x.first) - x.old) * x.of(log_p), 0).mean()
+
+
+FORMULAS: dict[str, Formula] = {
+    "rlsd": surrogate(rlsd, high=0.28),
+    "rlrt": surrogate(rlrt),
+    "egrsd": surrogate(egrsd(entropy)),
+    "cl-egrsd": surrogate(egrsd(lambda x: least_ahead(x, 4))),
+    "antisd": surrogate(antisd),
     "kepo": kepo,
     "pi-play": pi_play,
     "edge-opd": edge_opd,

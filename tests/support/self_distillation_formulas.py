@@ -2,102 +2,108 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from support.preset_formulas import LOG_U, among, importance, jsd, kl, per_response, top, with_rest
-from support.preset_problem import (
-    FIRST,
-    LENGTHS,
-    LOG_MU,
-    LOG_OLD,
-    LOG_P,
-    MARKED,
-    SECOND,
-    THIRD,
-    Loss,
-    T,
-    at_sampled,
+from support.preset_formulas import (
+    among,
+    evidence,
+    jsd,
+    kl,
+    moved,
+    per_response,
+    reverse,
+    with_rest,
 )
+from support.preset_problem import Formula, Problem
 
 
-def after(skipped: int) -> Tensor:
+def after(x: Problem, skipped: int) -> Tensor:
     """bool [T]: all but the first tokens of every response."""
-    return torch.cat([torch.arange(int(length)) >= skipped for length in LENGTHS])
+    return torch.cat([torch.arange(int(length)) >= skipped for length in x.lengths])
 
 
-def opsd(log_p: Tensor) -> Tensor:
-    return jsd(with_rest(log_p, top(FIRST)), with_rest(FIRST, top(FIRST))).mean()
+def opsd(x: Problem, log_p: Tensor) -> Tensor:
+    ids = x.top(x.first)
+    return jsd(with_rest(log_p, ids), with_rest(x.first, ids)).mean()
 
 
-def opsd_top(log_p: Tensor) -> Tensor:
-    return jsd(among(log_p, top(FIRST)), among(FIRST, top(FIRST))).mean()
+def opsd_top(x: Problem, log_p: Tensor) -> Tensor:
+    ids = x.top(x.first)
+    return jsd(among(log_p, ids), among(x.first, ids)).mean()
 
 
-def opsd_sampled(log_p: Tensor) -> Tensor:
-    return -(LOG_U * at_sampled(log_p)).mean()
+def opsd_sampled(x: Problem, log_p: Tensor) -> Tensor:
+    return -(evidence(x) * x.of(log_p)).mean()
 
 
-def opsd_clip(log_p: Tensor) -> Tensor:
-    p, q = (with_rest(x, top(FIRST)) for x in (log_p, FIRST))
+def opsd_clip(x: Problem, log_p: Tensor) -> Tensor:
+    p, q = (with_rest(y, x.top(x.first)) for y in (log_p, x.first))
     return (q * (q / p).log()).clamp(max=0.05).sum(-1).mean()
 
 
-def rgsd(log_p: Tensor) -> Tensor:
-    p, q = (with_rest(x, top(FIRST)) for x in (log_p, FIRST))
+def rgsd(x: Problem, log_p: Tensor) -> Tensor:
+    p, q = (with_rest(y, x.top(x.first)) for y in (log_p, x.first))
     m = (p + q) / 2
     shares = (p * (p / m).log() + q * (q / m).log()) / 2
-    return per_response(shares.clamp(max=0.05).sum(-1))
+    return per_response(x, shares.clamp(max=0.05).sum(-1))
 
 
-def sdft_paper(log_p: Tensor) -> Tensor:
-    return kl(with_rest(log_p, top(LOG_P)), with_rest(FIRST, top(LOG_P)))[after(3)].mean()
+def sdft_paper(x: Problem, log_p: Tensor) -> Tensor:
+    return reverse(x, log_p)[after(x, 3)].mean()
 
 
-def sdft_tinker(log_p: Tensor) -> Tensor:
+def sdft_tinker(x: Problem, log_p: Tensor) -> Tensor:
     """Cross-entropy with the renormalised top of the teacher, less the teacher's own entropy."""
-    q = among(FIRST, top(FIRST))
-    return (q * (q.log() - log_p.gather(1, top(FIRST)))).sum(-1)[after(3)].mean()
+    q = among(x.first, x.top(x.first))
+    return (q * (q.log() - log_p.gather(1, x.top(x.first)))).sum(-1)[after(x, 3)].mean()
 
 
-def sdft_trl(log_p: Tensor) -> Tensor:
-    weight = (at_sampled(LOG_P) - LOG_MU).exp().clamp(max=2.0)
-    return (weight * jsd(among(log_p, top(LOG_P)), among(FIRST, top(LOG_P)))).mean()
+def sdft_trl(x: Problem, log_p: Tensor) -> Tensor:
+    ids = x.top(x.student)
+    return (moved(x, x.behaviour, 2.0) * jsd(among(log_p, ids), among(x.first, ids))).mean()
 
 
-def sdpo(log_p: Tensor) -> Tensor:
-    moved = (at_sampled(LOG_P) - LOG_OLD).exp().clamp(max=2.0)
-    rolled = (LOG_OLD - LOG_MU).exp().clamp(max=2.0)
-    value = jsd(with_rest(log_p, top(LOG_P)), with_rest(FIRST, top(LOG_P)))
-    return (moved * rolled * value)[MARKED].sum() / T
+def sdpo(x: Problem, log_p: Tensor) -> Tensor:
+    ids = x.top(x.student)
+    weight = moved(x, x.old, 2.0) * (x.old - x.behaviour).exp().clamp(max=2.0)
+    return (weight * jsd(with_rest(log_p, ids), with_rest(x.first, ids)))[x.marked].mean()
 
 
-def opcd(log_p: Tensor) -> Tensor:
-    s, t = (x.gather(1, top(LOG_P)) for x in (log_p, FIRST))
+def opcd(x: Problem, log_p: Tensor) -> Tensor:
+    s, t = (y.gather(1, x.top(x.student)) for y in (log_p, x.first))
     return (s.exp() * (s - t)).sum(-1).mean()
 
 
-def credit(log_p: Tensor) -> Tensor:
-    advantage = at_sampled(FIRST) - 0.1 * at_sampled(SECOND) - LOG_MU
-    return importance(torch.where(MARKED, advantage, 0), cap=2.0)(log_p)
+def credit(x: Problem, log_p: Tensor) -> Tensor:
+    advantage = x.of(x.first) - 0.1 * x.of(x.second) - x.behaviour
+    weight = moved(x, x.behaviour, 2.0)
+    return -(weight * advantage * (1 + x.of(log_p) - x.of(x.student)))[x.marked].mean()
 
 
-def towards(log_target: Tensor) -> Loss:
+def towards(target: Callable[[Problem], Tensor]) -> Formula:
     """KL(p‖target), both over the student's most probable ids."""
-    return lambda log_p: kl(among(log_p, top(LOG_P)), among(log_target, top(LOG_P))).mean()
+
+    def loss(x: Problem, log_p: Tensor) -> Tensor:
+        ids = x.top(x.student)
+        return kl(among(log_p, ids), among(target(x), ids)).mean()
+
+    return loss
 
 
-def msd(log_p: Tensor) -> Tensor:
-    q = among(FIRST, top(LOG_P))
-    weight = -(q * q.log()).sum(-1) * (1 - at_sampled(LOG_P).exp())
-    return (weight * kl(with_rest(log_p, top(LOG_P)), with_rest(FIRST, top(LOG_P)))).mean()
+def anchored(x: Problem) -> Tensor:
+    return x.first + (x.second - x.first).clamp(-1, 1)
 
 
-def vpd(log_p: Tensor) -> Tensor:
-    return kl(with_rest(log_p, top(LOG_P)), with_rest(FIRST, top(LOG_P)))[MARKED].sum() / T
+def msd(x: Problem, log_p: Tensor) -> Tensor:
+    q = among(x.first, x.top(x.student))
+    weight = -(q * q.log()).sum(-1) * (1 - x.of(x.student).exp())
+    return (weight * reverse(x, log_p)).mean()
 
 
-FORMULAS: dict[str, Loss] = {
+FORMULAS: dict[str, Formula] = {
     "opsd": opsd,
     "opsd-top50": opsd_top,
     "opsd-sampled": opsd_sampled,
@@ -110,8 +116,8 @@ FORMULAS: dict[str, Loss] = {
     "sdpo": sdpo,
     "opcd": opcd,
     "credit": credit,
-    "purified-opsd": towards(FIRST + SECOND - THIRD),
-    "ar-opd": towards(FIRST + (SECOND - FIRST).clamp(-1, 1)),
+    "purified-opsd": towards(lambda x: x.first + x.second - x.views[2]),
+    "ar-opd": towards(anchored),
     "msd": msd,
-    "vpd": vpd,
+    "vpd": lambda x, log_p: reverse(x, log_p)[x.marked].mean(),
 }
