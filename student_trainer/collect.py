@@ -12,8 +12,9 @@ from tutelage_client.errors import TutelageError
 
 from services.logs import about
 from services.queue import ScoredGroup, ScoredReader
+from student_trainer.channels import WeightsRule, max_lag
 from student_trainer.config import RunConfig
-from student_trainer.ledger import DropReason, Ledger
+from student_trainer.ledger import Ledger
 from student_trainer.lineage import updates_between
 from student_trainer.pacing import Pacer
 from student_trainer.spans import record_collected
@@ -62,10 +63,18 @@ class Collector:
         self._watch = watch
         self._ledger = ledger
         self._expected = expected
+        self._weights = WeightsRule(
+            expected.channels,
+            max_lag(expected.plan, config.training.max_staleness),
+            deterministic=config.run.deterministic,
+        )
         self._stop = stop
         self._early: dict[int, TrainingGroup] = {}  # deterministic runs: groups of this and later steps
         self._delivered: list[Delivery] = []  # to be acknowledged once consumed
         self._refused_in_a_row = 0
+        # What was scored before a resumption may be of weights that the checkpoint does not know.
+        resumed = len(ledger.lineage) > 1
+        self._patience = max(self._per_step, 8) * (self._staleness + 2 if resumed else 1)
         self._idle_looks = 0
         self._reorders = 0
         self.duplicates = 0
@@ -115,8 +124,15 @@ class Collector:
         return [delivery for delivery in self._delivered if self._ledger.knows(delivery.scored.group.index)]
 
     def _take_early(self) -> dict[int, TrainingGroup]:
+        """Groups of this step that are here; by now the weights that had to score them are published."""
         first = self._ledger.step * self._per_step
-        return {i: self._early.pop(i) for i in range(first, first + self._per_step) if i in self._early}
+        taken = {i: self._early.pop(i) for i in range(first, first + self._per_step) if i in self._early}
+        for group in taken.values():
+            try:
+                self._weights.check(group, self._ledger)
+            except RefusedGroupError as error:
+                self._refuse(group.id, group.index, error)
+        return taken
 
     def _drops(self, scored: ScoredGroup, batch: dict[int, TrainingGroup]) -> bool:
         """Put a delivered group where it belongs; True when it was dropped and needs a replacement."""
@@ -129,9 +145,11 @@ class Collector:
             return False
         try:
             group = self._check_staleness(verify_group(scored, self._expected, self._ledger.pins))
+            if not self._run.deterministic:
+                self._weights.check(group, self._ledger)
         except RefusedGroupError as error:
             record_collected(scored, dropped=(error.reason, error.message))
-            self._refuse(scored, error.reason, error.message)
+            self._refuse(scored.group.id, index, error)
             return True
         record_collected(scored)
         self._refused_in_a_row = 0
@@ -161,18 +179,19 @@ class Collector:
             )
         return replace(group, distance=distance)
 
-    def _refuse(self, scored: ScoredGroup, reason: DropReason, message: str) -> None:
+    def _refuse(self, name: str, index: int, refused: RefusedGroupError) -> None:
+        reason, message = refused.reason, refused.message
         log.warning("group dropped", reason=reason, detail=message)
         if self._run.deterministic:
             raise TutelageError(
                 "FAILED_PRECONDITION",
-                f"group {scored.group.id} cannot be trained ({reason}): {message}. A deterministic run "
+                f"group {name} cannot be trained ({reason}): {message}. A deterministic run "
                 "takes no other group in its place",
             )
-        self._ledger.drop(scored.group.index, reason)
+        self._ledger.drop(index, reason)
         if reason != "stale":
             self._refused_in_a_row += 1
-            if self._refused_in_a_row >= max(self._per_step, 8):
+            if self._refused_in_a_row >= self._patience:
                 raise TutelageError(
                     "FAILED_PRECONDITION",
                     f"{self._refused_in_a_row} groups in a row were refused, the last one ({reason}): "

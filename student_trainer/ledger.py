@@ -12,7 +12,7 @@ from services.models.channel import Lineage, lineage_from_document, lineage_to_d
 from student_trainer.index_set import IndexSet
 
 # Why a group was not trained.
-DropReason = Literal["stale", "failed", "identity", "shape", "no_score"]
+DropReason = Literal["stale", "failed", "identity", "shape", "no_score", "weights"]
 
 
 @dataclass(slots=True)
@@ -45,6 +45,8 @@ class Ledger:
     missing_views: Counter[str] = field(default_factory=Counter)  # groups trained without scores of a view
     refused_steps: int = 0
     pins: dict[str, TeacherPin] = field(default_factory=dict)
+    # Of each weight channel: the stamps under which versions were published that may still be scored with.
+    publications: dict[str, dict[int, str]] = field(default_factory=dict)
     pending_evaluations: list[int] = field(default_factory=list)
     tokens_sampled: int = 0
     tokens_scored: int = 0
@@ -79,4 +81,8 @@ class Ledger:
         document["drop_counts"] = Counter(document["drop_counts"])
         document["missing_views"] = Counter(document["missing_views"])
         document["pins"] = {teacher: TeacherPin(**pin) for teacher, pin in document["pins"].items()}
+        document["publications"] = {
+            channel: {int(version): stamp for version, stamp in published.items()}
+            for channel, published in document["publications"].items()
+        }
         return cls(**document)

@@ -8,6 +8,7 @@ from typing import Any
 import structlog
 from tutelage_client.errors import TutelageError
 
+from student_trainer.channels import channels_of, publish_initial
 from student_trainer.checkpoint import CheckpointStore
 from student_trainer.config import RunConfig
 from student_trainer.learner import Learner
@@ -37,10 +38,12 @@ def restore(config: RunConfig, checkpoints: CheckpointStore, learner: Learner) -
             )
         first_evaluation = [0] if config.training.evaluate_every else []
         ledger = Ledger(settings=fixed, pending_evaluations=first_evaluation)
+        publish_initial(config, learner)
         checkpoints.save(learner.state_tensors(), ledger)
         ledger.lineage = continued((), 0)
         return ledger
     _check_same_run(fixed, checkpoint.ledger, checkpoints)
+    publish_initial(config, learner)  # as long as it is what it was before training
     learner.load(checkpoint)
     for skipped in damaged:
         aside = checkpoints.set_aside(skipped)
@@ -58,6 +61,7 @@ def fixed_settings(config: RunConfig, plan: Plan) -> dict[str, Any]:
     belongs here, or they would be refused one after the other, or trained as what they are not.
     """
     lora, deterministic, guide = config.student.lora, config.run.deterministic, config.sampling.context
+    own_weights = channels_of(plan, config.run.name).values()
     return {
         "run.name": config.run.name,
         "run.seed": config.run.seed,
@@ -67,6 +71,7 @@ def fixed_settings(config: RunConfig, plan: Plan) -> dict[str, Any]:
         "sampling.temperature": config.sampling.temperature,
         "objective.temperature": plan.temperature,
         "objective.k": plan.k,
+        "objective.ema_rate": plan.ema_rate if "ema" in own_weights else None,
         "objective.views": {
             view: {
                 "teacher": teacher,

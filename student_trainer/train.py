@@ -16,6 +16,7 @@ from tutelage_client.errors import TutelageError
 from services import tracing
 from services.logs import log_to_stderr
 from services.queue import TRAINER_ROLE, Queue, sampler_role, teacher_role
+from student_trainer.channels import Channels, channels_of
 from student_trainer.checkpoint import CheckpointStore
 from student_trainer.collect import Collector
 from student_trainer.config import RunConfig
@@ -25,7 +26,6 @@ from student_trainer.learner import Learner
 from student_trainer.metrics import open_trackers
 from student_trainer.objective.plan import Plan
 from student_trainer.pacing import Pacer
-from student_trainer.policy_store import PolicyStore
 from student_trainer.ranks import Ranks, accompany, is_loss, join
 from student_trainer.recording import Recorder
 from student_trainer.resume import restore
@@ -140,7 +140,7 @@ async def _build(
     checkpoints = CheckpointStore(config.run.directory / "checkpoints", ranks)
     ledger = restore(config, checkpoints, learner)
     await _check_queue(config, queue, ledger.run_id)
-    policies = PolicyStore(config.run.directory / "policy")
+    channels = Channels(config, learner, ledger)
     pacer = Pacer(queue, config, ledger)
     roles = [sampler_role(config.run.name), *map(teacher_role, plan.scoring_teachers)]
     watch = Watch(queue, config.run.name, roles)
@@ -150,7 +150,7 @@ async def _build(
         learner=learner,
         ledger=ledger,
         checkpoints=checkpoints,
-        policies=policies,
+        channels=channels,
         pacer=pacer,
         collector=Collector(
             config=config,
@@ -161,7 +161,7 @@ async def _build(
             expected=_expectations(config, plan, learner.student),
             stop=stop,
         ),
-        evaluations=Evaluations(queue, config, ledger, policies),
+        evaluations=Evaluations(queue, config, ledger, channels.live),
         recorder=Recorder(
             config=config,
             queue=queue,
@@ -179,7 +179,8 @@ def _load_learner(config: RunConfig, plan: Plan, ranks: Ranks) -> Learner:
     """The student as it was before training; of several ranks each keeps its shard."""
     # On the CPU first: a GPU that shares the student's weights with others may not hold all of them.
     settings = config.student if ranks.alone else config.student.model_copy(update={"device": "cpu"})
-    return Learner(load_student(settings), plan, config.training, ranks)
+    own_weights = channels_of(plan, config.run.name).values()
+    return Learner(load_student(settings), plan, config.training, ranks, with_ema="ema" in own_weights)
 
 
 def _expectations(config: RunConfig, plan: Plan, student: Student) -> Expectations:
@@ -190,6 +191,7 @@ def _expectations(config: RunConfig, plan: Plan, student: Student) -> Expectatio
         vocab_size=student.vocab_size,
         tokenizer_fingerprint=student.fingerprint,
         fake_teachers=frozenset(name for name, entry in config.teachers.items() if entry.engine == "fake"),
+        channels=channels_of(plan, config.run.name),
     )
 
 

@@ -14,6 +14,7 @@ from tutelage_client.errors import TutelageError
 from services import tracing
 from services.queue import Queue
 from student_trainer.alignment import check_alignment
+from student_trainer.channels import Channels
 from student_trainer.checkpoint import CheckpointStore
 from student_trainer.collect import Collector
 from student_trainer.config import RunConfig
@@ -24,7 +25,6 @@ from student_trainer.ledger import Ledger
 from student_trainer.metrics import SamplingRates, step_record
 from student_trainer.objective.weights import HysteresisGate
 from student_trainer.pacing import Pacer
-from student_trainer.policy_store import PolicyStore
 from student_trainer.recording import Recorder
 from student_trainer.spans import record_trained
 from student_trainer.step_result import StepResult
@@ -45,7 +45,7 @@ class Parts:
     learner: Learner
     ledger: Ledger
     checkpoints: CheckpointStore
-    policies: PolicyStore
+    channels: Channels
     pacer: Pacer
     collector: Collector
     evaluations: Evaluations
@@ -103,9 +103,7 @@ class Trainer:
     async def _begin(self) -> None:
         """Publish the policy the ledger stands at and order what is missing."""
         parts, version = self._parts, self._ledger.step
-        parts.policies.discard_above(version)
-        if parts.policies.get(version) is None:
-            parts.policies.publish(version, parts.learner.export, lineage=self._ledger.lineage)
+        parts.channels.begin()
         await parts.recorder.status("training", self._ledger)
         await parts.evaluations.order(resuming=True)
         await parts.pacer.place_ahead(version)
@@ -203,8 +201,8 @@ class Trainer:
         if self._checkpoint_is_due():
             await self._checkpoint()
         with tracing.span("publish", attributes={"tutelage.policy_version": version}):
-            parts.policies.publish(version, parts.learner.export, lineage=self._ledger.lineage)
-            parts.policies.prune(self._oldest_needed(), pinned=self._ledger.pending_evaluations)
+            parts.channels.publish()
+            parts.channels.prune(self._oldest_needed(), pinned=self._ledger.pending_evaluations)
         await parts.pacer.place_ahead(version)
         await parts.evaluations.order()
 

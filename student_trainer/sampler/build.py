@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from tutelage.v1.teacher_pb2 import Pins
 from tutelage_client.errors import TutelageError, invalid
 from tutelage_client.types import Int32Array
 
@@ -19,6 +18,7 @@ from student_trainer.policy_store import PolicyStore, PolicyVersion
 from student_trainer.sampler.engines import ModelSource, load_plain, open_generator, self_test
 from student_trainer.sampler.examples import Examples, load_examples
 from student_trainer.sampler.groups import GroupSampler, OtherSampler
+from student_trainer.sampler.pins import TeacherPins
 from student_trainer.sampler.policy import StudentPolicy
 
 SELF_TEST_PROMPTS = 3
@@ -64,7 +64,7 @@ def _build(config: RunConfig, first: PolicyVersion, opened: ExitStack) -> tuple[
         tokenizer=plain.tokenizer,
         student=student,
         student_model=plain.model if rescores else None,
-        pins=_pins(config, tokenizer_fingerprint(plain.tokenizer)),
+        pins=TeacherPins(config, plan, tokenizer_fingerprint(plain.tokenizer)),
         other=other,
     )
     return StudentPolicy(PolicyStore(first.path.parent), first, load), sampler
@@ -108,12 +108,3 @@ def _check_candidates(plan: Plan, student: LoadedModel) -> None:
         raise invalid(
             f"objective.k: got {plan.student_candidates}, the student has {student.vocab_size} tokens"
         )
-
-
-def _pins(config: RunConfig, fingerprint: str) -> dict[str, Pins]:
-    """A teacher with another tokenizer refuses to score. The fake engine has none to compare."""
-    return {
-        name: Pins(tokenizer_fingerprint=fingerprint)
-        for name, entry in config.teachers.items()
-        if entry.engine != "fake"
-    }

@@ -19,6 +19,7 @@ from student_trainer.sampler.candidates import student_candidates
 from student_trainer.sampler.contexts import Context, Sampled, without_thinking
 from student_trainer.sampler.examples import Examples
 from student_trainer.sampler.generate import Generator, Response, Row
+from student_trainer.sampler.pins import TeacherPins
 from student_trainer.sampler.prompts import EncodedPrompt
 from student_trainer.sampler.settings import SamplingSettings
 from student_trainer.sampler.uniforms import uniforms
@@ -54,7 +55,7 @@ class GroupSampler:
 
     Args:
         examples: prompts, and what privileged views and, with [sampling] context, the student itself see.
-        pins: per teacher name, conditions sent with its requests.
+        pins: conditions sent with the requests of a teacher.
         student_model: the student for packed forwards, needed where responses are sampled by another model
             or under another context, and the plan asks for the student's candidates.
     """
@@ -70,7 +71,7 @@ class GroupSampler:
         tokenizer: Any,
         student: Generator,
         student_model: Any,
-        pins: Mapping[str, pb.Pins],
+        pins: TeacherPins,
         other: OtherSampler | None = None,
     ) -> None:
         self.run = run
@@ -234,7 +235,7 @@ class GroupSampler:
                 ViewRequest(
                     view=view,
                     teacher=teacher,
-                    pins=self._pins.get(teacher),
+                    pins=self._pins.of(teacher, group.policy_version),
                     signal=signal_to_proto(signal),
                     contexts=[pb.Context(ids=ids) for ids in (seen if len(set(seen)) > 1 else seen[:1])],
                 )

@@ -59,7 +59,7 @@ class StudentPolicy:
         wanted = find_version(self._store, order)
         if wanted is None:
             return False
-        if self._loaded is None or wanted.stamp != self._loaded.stamp:
+        if wanted != self._loaded:
             self._loaded = None
             if not self._load_whole(wanted):
                 return False
