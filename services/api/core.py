@@ -206,6 +206,8 @@ class ScoringCore:
         guarded, invalid, positions = [], 0, 0
         for answer, sequence in zip(score.sequences, request.sequences, strict=True):
             checked, bad = guard(answer, sequence, request.signal)
+            if checked.error is not None:
+                self.metrics.sequence_errors.labels(checked.error.code).inc()
             guarded.append(checked)
             invalid += bad
             positions += checked.num_positions

@@ -27,6 +27,9 @@ def guard(score: SequenceScore, sequence: Sequence, signal: Signal) -> tuple[Seq
     """
     if score.error is not None:
         return score, 0
+    if signal.judgement:
+        _check_judgement(score, sequence)
+        return score, 0
     _check_shapes(score, sequence, signal)
     assert score.valid is not None
     valid = score.valid
@@ -34,6 +37,18 @@ def guard(score: SequenceScore, sequence: Sequence, signal: Signal) -> tuple[Seq
         valid = valid & _finite_rows(score, sequence, signal)
     invalid = int(len(valid) - np.count_nonzero(valid))
     return (_blank(score, valid), invalid) if invalid else (score, 0)
+
+
+def _check_judgement(score: SequenceScore, sequence: Sequence) -> None:
+    """A judge's number is from 0 to 1 and comes alone."""
+    if score.judgement is None or not 0.0 <= score.judgement <= 1.0 or score.valid is not None:
+        raise TutelageError("INTERNAL", f"engine answered judgement {score.judgement}, must be from 0 to 1")
+    _check_id(score, sequence)
+
+
+def _check_id(score: SequenceScore, sequence: Sequence) -> None:
+    if score.id != sequence.id:
+        raise TutelageError("INTERNAL", f"engine answered sequence {score.id!r} in place of {sequence.id!r}")
 
 
 def _check_shapes(score: SequenceScore, sequence: Sequence, signal: Signal) -> None:
@@ -48,13 +63,14 @@ def _check_shapes(score: SequenceScore, sequence: Sequence, signal: Signal) -> N
         "entropy": (rows,) if signal.entropy else None,
         "valid": (rows,),
     }
+    if score.judgement is not None:
+        raise TutelageError("INTERNAL", "engine answered a judgement, asked was none")
     for field, shape in expected.items():
         array: npt.NDArray[Any] | None = getattr(score, field)
         got = None if array is None else array.shape
         if got != shape:
             raise TutelageError("INTERNAL", f"engine answered {field} with shape {got}, asked was {shape}")
-    if score.id != sequence.id:
-        raise TutelageError("INTERNAL", f"engine answered sequence {score.id!r} in place of {sequence.id!r}")
+    _check_id(score, sequence)
 
 
 def _all_finite(score: SequenceScore, signal: Signal) -> bool:

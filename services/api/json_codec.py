@@ -55,6 +55,8 @@ def score_document(score: Score, encoding: str, arrays: str) -> dict[str, Any]:
 def _sequence_document(score: SequenceScore) -> dict[str, Any]:
     if score.error is not None:
         return {"id": score.id, "error": {"code": score.error.code, "message": score.error.message}}
+    if score.judgement is not None:
+        return {"id": score.id, "judgement": score.judgement, "verdict": score.verdict}
     document: dict[str, Any] = {"id": score.id, "num_positions": score.num_positions}
     for name in ("sampled", "top_ids", "top_logprobs", "candidate_logprobs", "entropy", "valid"):
         array: npt.NDArray[Any] | None = getattr(score, name)

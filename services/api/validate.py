@@ -58,7 +58,11 @@ def check_request(request: ScoreRequest, identity: Identity, limits: Limits) -> 
 
 def check_signal(signal: Signal, identity: Identity, limits: Limits) -> None:
     """Raise TutelageError for a signal that this teacher does not answer."""
-    if not (signal.sampled or signal.top_k or signal.candidates or signal.entropy):
+    asks_arrays = bool(signal.sampled or signal.top_k or signal.candidates or signal.entropy)
+    if limits.judge or signal.judgement:
+        _check_judgement(signal, limits, asks_arrays=asks_arrays)
+        return
+    if not asks_arrays:
         raise invalid("signal: got nothing to answer, ask for sampled, top_k, candidates or entropy")
     allowed_k = min(limits.max_top_k, identity.vocab_size)
     if not 0 <= signal.top_k <= allowed_k:
@@ -71,6 +75,15 @@ def check_signal(signal: Signal, identity: Identity, limits: Limits) -> None:
         raise invalid(f"signal.temperature: got {signal.temperature}, must be a finite number above 0")
     if signal.temperature != 1.0 and not limits.temperature:
         raise invalid(f"signal.temperature: got {signal.temperature}, this teacher answers only 1")
+
+
+def _check_judgement(signal: Signal, limits: Limits, *, asks_arrays: bool) -> None:
+    if not limits.judge:
+        raise invalid("signal.judgement: got true, this teacher is no judge")
+    if not signal.judgement or asks_arrays:
+        raise invalid("signal: this teacher is a judge, ask for judgement and for nothing else")
+    if signal.temperature != 1.0:
+        raise invalid(f"signal.temperature: got {signal.temperature}, a judge answers only 1")
 
 
 def check_sequences(request: ScoreRequest, identity: Identity, limits: Limits) -> dict[int, SequenceError]:

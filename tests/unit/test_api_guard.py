@@ -83,6 +83,30 @@ def test_an_answer_of_another_shape_is_an_engine_error(wrong: dict[str, object])
         guard(replace(answer(), **wrong), SEQUENCE, SIGNAL)  # type: ignore[arg-type]
 
 
+JUDGE = Signal(sampled=False, judgement=True)
+
+
+def test_a_judgement_from_0_to_1_passes() -> None:
+    judged = SequenceScore("a", judgement=1.0, verdict="Score: 9")
+    assert guard(judged, SEQUENCE, JUDGE) == (judged, 0)
+
+
+@pytest.mark.parametrize(
+    ("signal", "wrong"),
+    [
+        (JUDGE, SequenceScore("a")),
+        (JUDGE, SequenceScore("a", judgement=float("nan"))),
+        (JUDGE, SequenceScore("a", judgement=1.5)),
+        (JUDGE, SequenceScore("b", judgement=0.5)),
+        (JUDGE, replace(answer(), judgement=0.5)),
+        (SIGNAL, replace(answer(), judgement=0.5)),
+    ],
+)
+def test_any_other_judgement_is_an_engine_error(signal: Signal, wrong: SequenceScore) -> None:
+    with pytest.raises(TutelageError, match="INTERNAL: engine answered"):
+        guard(wrong, SEQUENCE, signal)
+
+
 def test_an_answer_with_what_was_not_asked_is_an_engine_error() -> None:
     with pytest.raises(TutelageError, match="INTERNAL: engine answered entropy"):
         guard(answer(), SEQUENCE, replace(SIGNAL, entropy=False))

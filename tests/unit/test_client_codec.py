@@ -96,12 +96,13 @@ def test_a_score_comes_back_as_it_was_made(encoding: str) -> None:
         valid=np.array([True, False] * 3 + [True]),
     )
     failed = SequenceScore("b", SequenceError("INVALID_ARGUMENT", "why"))
-    score = Score((full, failed), IDENTITY, Usage(7, 9, 1, 0.5, 0.25), "r")
+    judged = SequenceScore("c", judgement=0.0, verdict="Nothing is right.\nScore: 0")
+    score = Score((full, failed, judged), IDENTITY, Usage(7, 9, 1, 0.5, 0.25), "r")
     data = codec.score_to_bytes(score, encoding)  # type: ignore[arg-type]
     assert pb.ScoreResponse.FromString(data) == codec.score_to_proto(score, encoding)  # type: ignore[arg-type]
     back = codec.score_from_proto(pb.ScoreResponse.FromString(data))
     assert (back.identity, back.usage, back.request_id) == (score.identity, score.usage, "r")
-    assert back.sequences[1] == failed
+    assert back.sequences[1:] == (failed, judged)
     got = back.sequences[0]
     for field in ("sampled", "top_logprobs", "candidate_logprobs", "entropy"):
         expected = getattr(full, field).astype(encoding)

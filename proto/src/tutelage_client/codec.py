@@ -67,7 +67,7 @@ def signal_to_proto(signal: t.Signal) -> pb.Signal:
     if signal.encoding not in _ENCODING:
         raise invalid(f"signal.encoding: got {shown(signal.encoding)}, allowed are {', '.join(_ENCODING)}")
     message = pb.Signal(encoding=_ENCODING[signal.encoding])
-    for field in ("sampled", "top_k", "candidates", "entropy", "temperature"):
+    for field in ("sampled", "top_k", "candidates", "entropy", "temperature", "judgement"):
         _set(message, field, getattr(signal, field), "signal.")
     if not (math.isfinite(message.temperature) and message.temperature > 0):
         raise invalid(f"signal.temperature: got {signal.temperature}, must be a finite number above 0")
@@ -92,6 +92,7 @@ def signal_from_proto(message: pb.Signal) -> t.Signal:
         entropy=message.entropy,
         temperature=message.temperature or 1.0,
         encoding="float16" if message.encoding == pb.ENCODING_FLOAT16 else "float32",
+        judgement=message.judgement,
     )
 
 
@@ -243,7 +244,6 @@ def _sequence_score_to_proto(score: t.SequenceScore, encoding: t.EncodingName) -
     if score.error is not None:
         error = pb.SequenceError(code=score.error.code, message=score.error.message)
         return pb.SequenceScore(id=score.id, error=error)
-    assert score.valid is not None
     message = _sequence_score_head(score, encoding)
     floats = _FLOAT[_ENCODING[encoding]]
     message.sampled = _packed(score.sampled, floats)
@@ -263,6 +263,8 @@ def _sequence_score_head(score: t.SequenceScore, encoding: t.EncodingName) -> pb
         top_k=0 if score.top_ids is None else score.top_ids.shape[1],
         num_candidates=0 if score.candidate_logprobs is None else score.candidate_logprobs.shape[1],
         encoding=_ENCODING[encoding],
+        judgement=score.judgement,
+        verdict=score.verdict,
     )
 
 
@@ -357,6 +359,8 @@ def _sequence_score_from_proto(message: pb.SequenceScore) -> t.SequenceScore:
         candidate_logprobs=array("candidate_logprobs", message.candidate_logprobs, dtype, candidates),
         entropy=array("entropy", message.entropy, dtype),
         valid=None if valid is None else valid.view(np.bool_),
+        judgement=message.judgement if message.HasField("judgement") else None,
+        verdict=message.verdict,
     )
 
 

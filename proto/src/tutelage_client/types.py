@@ -35,6 +35,7 @@ class Signal:
     entropy: bool = False
     temperature: float = 1.0
     encoding: EncodingName = "float32"
+    judgement: bool = False  # what a judge says of the response as a whole; asked alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ class SequenceError:
 
 @dataclass(frozen=True, slots=True)
 class SequenceScore:
-    """The answer for one sequence: either `error`, or arrays over its R positions.
+    """The answer for one sequence: either `error`, or arrays over its R positions, or a `judgement`.
 
     Where `valid` is False the engine had no finite score, every float there is NaN and the
     position must be masked.
@@ -93,6 +94,8 @@ class SequenceScore:
     candidate_logprobs: FloatArray | None = None  # [R, C], NaN at pads
     entropy: FloatArray | None = None  # [R]
     valid: BoolArray | None = None  # [R]
+    judgement: float | None = None  # 0 (worst) to 1 (best), of the whole response: a reward
+    verdict: str = ""  # the judge's words, which the judgement was read from
 
     @property
     def num_positions(self) -> int:
@@ -128,6 +131,7 @@ class Limits:
     max_message_bytes: int = 256 * 1024 * 1024
     entropy: bool = True
     temperature: bool = True
+    judge: bool = False  # answers Signal.judgement, and no log-probability of anything
 
 
 @dataclass(frozen=True, slots=True)

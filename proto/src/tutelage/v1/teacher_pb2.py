@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19tutelage/v1/teacher.proto\x12\x0btutelage.v1\"$\n\x11GetTeacherRequest\x12\x0f\n\x07teacher\x18\x01 \x01(\t\"q\n\x12GetTeacherResponse\x12\'\n\x08identity\x18\x01 \x01(\x0b\x32\x15.tutelage.v1.Identity\x12#\n\x06limits\x18\x02 \x01(\x0b\x32\x13.tutelage.v1.Limits\x12\r\n\x05ready\x18\x03 \x01(\x08\"\xe4\x01\n\x08Identity\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\t\x12\x17\n\x0fweights_version\x18\x04 \x01(\x03\x12\x1d\n\x15tokenizer_fingerprint\x18\x05 \x01(\t\x12\x12\n\nvocab_size\x18\x06 \x01(\x05\x12\x0e\n\x06\x65ngine\x18\x07 \x01(\t\x12\x16\n\x0e\x65ngine_version\x18\x08 \x01(\t\x12\r\n\x05\x64type\x18\t \x01(\t\x12\x12\n\nhead_dtype\x18\n \x01(\t\x12\x12\n\nweights_id\x18\x0b \x01(\t\"\xc4\x01\n\x06Limits\x12\x15\n\rmax_sequences\x18\x01 \x01(\x05\x12\x1b\n\x13max_sequence_tokens\x18\x02 \x01(\x05\x12\x1a\n\x12max_request_tokens\x18\x03 \x01(\x03\x12\x11\n\tmax_top_k\x18\x04 \x01(\x05\x12\x16\n\x0emax_candidates\x18\x05 \x01(\x05\x12\x19\n\x11max_message_bytes\x18\x06 \x01(\x03\x12\x0f\n\x07\x65ntropy\x18\x07 \x01(\x08\x12\x13\n\x0btemperature\x18\x08 \x01(\x08\"\x8b\x01\n\x06Signal\x12\x0f\n\x07sampled\x18\x01 \x01(\x08\x12\r\n\x05top_k\x18\x02 \x01(\x05\x12\x12\n\ncandidates\x18\x03 \x01(\x08\x12\x0f\n\x07\x65ntropy\x18\x04 \x01(\x08\x12\x13\n\x0btemperature\x18\x05 \x01(\x01\x12\'\n\x08\x65ncoding\x18\x06 \x01(\x0e\x32\x15.tutelage.v1.Encoding\"\xd4\x01\n\x04Pins\x12\"\n\x15tokenizer_fingerprint\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x15\n\x08revision\x18\x02 \x01(\tH\x01\x88\x01\x01\x12\x1c\n\x0fweights_version\x18\x03 \x01(\x03H\x02\x88\x01\x01\x12 \n\x13min_weights_version\x18\x04 \x01(\x03H\x03\x88\x01\x01\x42\x18\n\x16_tokenizer_fingerprintB\x0b\n\t_revisionB\x12\n\x10_weights_versionB\x16\n\x14_min_weights_version\"\x16\n\x07\x43ontext\x12\x0b\n\x03ids\x18\x01 \x01(\x0c\"l\n\x08Sequence\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontext\x18\x02 \x01(\x05\x12\x14\n\x0cresponse_ids\x18\x03 \x01(\x0c\x12\x15\n\rcandidate_ids\x18\x04 \x01(\x0c\x12\x16\n\x0enum_candidates\x18\x05 \x01(\x05\"\xcb\x01\n\x0cScoreRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07teacher\x18\x02 \x01(\t\x12\x1f\n\x04pins\x18\x03 \x01(\x0b\x32\x11.tutelage.v1.Pins\x12&\n\x08\x63ontexts\x18\x04 \x03(\x0b\x32\x14.tutelage.v1.Context\x12(\n\tsequences\x18\x05 \x03(\x0b\x32\x15.tutelage.v1.Sequence\x12#\n\x06signal\x18\x06 \x01(\x0b\x32\x13.tutelage.v1.Signal\".\n\rSequenceError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xa1\x02\n\rSequenceScore\x12\n\n\x02id\x18\x01 \x01(\t\x12)\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x1a.tutelage.v1.SequenceError\x12\x15\n\rnum_positions\x18\x03 \x01(\x05\x12\r\n\x05top_k\x18\x04 \x01(\x05\x12\x16\n\x0enum_candidates\x18\x05 \x01(\x05\x12\'\n\x08\x65ncoding\x18\x06 \x01(\x0e\x32\x15.tutelage.v1.Encoding\x12\x0f\n\x07sampled\x18\x07 \x01(\x0c\x12\x0f\n\x07top_ids\x18\x08 \x01(\x0c\x12\x14\n\x0ctop_logprobs\x18\t \x01(\x0c\x12\x1a\n\x12\x63\x61ndidate_logprobs\x18\n \x01(\x0c\x12\x0f\n\x07\x65ntropy\x18\x0b \x01(\x0c\x12\r\n\x05valid\x18\x0c \x01(\x0c\"p\n\x05Usage\x12\x11\n\tpositions\x18\x01 \x01(\x03\x12\x17\n\x0ftokens_computed\x18\x02 \x01(\x03\x12\x15\n\rtokens_reused\x18\x03 \x01(\x03\x12\x10\n\x08queue_ms\x18\x04 \x01(\x01\x12\x12\n\ncompute_ms\x18\x05 \x01(\x01\"\xc9\x01\n\rScoreResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\'\n\x08identity\x18\x02 \x01(\x0b\x32\x15.tutelage.v1.Identity\x12-\n\tsequences\x18\x03 \x03(\x0b\x32\x1a.tutelage.v1.SequenceScore\x12!\n\x05usage\x18\x04 \x01(\x0b\x32\x12.tutelage.v1.Usage\x12)\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x1a.tutelage.v1.SequenceError*P\n\x08\x45ncoding\x12\x18\n\x14\x45NCODING_UNSPECIFIED\x10\x00\x12\x14\n\x10\x45NCODING_FLOAT32\x10\x01\x12\x14\n\x10\x45NCODING_FLOAT16\x10\x02\x32\xe9\x01\n\x0eTeacherService\x12M\n\nGetTeacher\x12\x1e.tutelage.v1.GetTeacherRequest\x1a\x1f.tutelage.v1.GetTeacherResponse\x12>\n\x05Score\x12\x19.tutelage.v1.ScoreRequest\x1a\x1a.tutelage.v1.ScoreResponse\x12H\n\x0bScoreStream\x12\x19.tutelage.v1.ScoreRequest\x1a\x1a.tutelage.v1.ScoreResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19tutelage/v1/teacher.proto\x12\x0btutelage.v1\"$\n\x11GetTeacherRequest\x12\x0f\n\x07teacher\x18\x01 \x01(\t\"q\n\x12GetTeacherResponse\x12\'\n\x08identity\x18\x01 \x01(\x0b\x32\x15.tutelage.v1.Identity\x12#\n\x06limits\x18\x02 \x01(\x0b\x32\x13.tutelage.v1.Limits\x12\r\n\x05ready\x18\x03 \x01(\x08\"\xe4\x01\n\x08Identity\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\t\x12\x17\n\x0fweights_version\x18\x04 \x01(\x03\x12\x1d\n\x15tokenizer_fingerprint\x18\x05 \x01(\t\x12\x12\n\nvocab_size\x18\x06 \x01(\x05\x12\x0e\n\x06\x65ngine\x18\x07 \x01(\t\x12\x16\n\x0e\x65ngine_version\x18\x08 \x01(\t\x12\r\n\x05\x64type\x18\t \x01(\t\x12\x12\n\nhead_dtype\x18\n \x01(\t\x12\x12\n\nweights_id\x18\x0b \x01(\t\"\xd3\x01\n\x06Limits\x12\x15\n\rmax_sequences\x18\x01 \x01(\x05\x12\x1b\n\x13max_sequence_tokens\x18\x02 \x01(\x05\x12\x1a\n\x12max_request_tokens\x18\x03 \x01(\x03\x12\x11\n\tmax_top_k\x18\x04 \x01(\x05\x12\x16\n\x0emax_candidates\x18\x05 \x01(\x05\x12\x19\n\x11max_message_bytes\x18\x06 \x01(\x03\x12\x0f\n\x07\x65ntropy\x18\x07 \x01(\x08\x12\x13\n\x0btemperature\x18\x08 \x01(\x08\x12\r\n\x05judge\x18\t \x01(\x08\"\x9e\x01\n\x06Signal\x12\x0f\n\x07sampled\x18\x01 \x01(\x08\x12\r\n\x05top_k\x18\x02 \x01(\x05\x12\x12\n\ncandidates\x18\x03 \x01(\x08\x12\x0f\n\x07\x65ntropy\x18\x04 \x01(\x08\x12\x13\n\x0btemperature\x18\x05 \x01(\x01\x12\'\n\x08\x65ncoding\x18\x06 \x01(\x0e\x32\x15.tutelage.v1.Encoding\x12\x11\n\tjudgement\x18\x07 \x01(\x08\"\xd4\x01\n\x04Pins\x12\"\n\x15tokenizer_fingerprint\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x15\n\x08revision\x18\x02 \x01(\tH\x01\x88\x01\x01\x12\x1c\n\x0fweights_version\x18\x03 \x01(\x03H\x02\x88\x01\x01\x12 \n\x13min_weights_version\x18\x04 \x01(\x03H\x03\x88\x01\x01\x42\x18\n\x16_tokenizer_fingerprintB\x0b\n\t_revisionB\x12\n\x10_weights_versionB\x16\n\x14_min_weights_version\"\x16\n\x07\x43ontext\x12\x0b\n\x03ids\x18\x01 \x01(\x0c\"l\n\x08Sequence\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontext\x18\x02 \x01(\x05\x12\x14\n\x0cresponse_ids\x18\x03 \x01(\x0c\x12\x15\n\rcandidate_ids\x18\x04 \x01(\x0c\x12\x16\n\x0enum_candidates\x18\x05 \x01(\x05\"\xcb\x01\n\x0cScoreRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07teacher\x18\x02 \x01(\t\x12\x1f\n\x04pins\x18\x03 \x01(\x0b\x32\x11.tutelage.v1.Pins\x12&\n\x08\x63ontexts\x18\x04 \x03(\x0b\x32\x14.tutelage.v1.Context\x12(\n\tsequences\x18\x05 \x03(\x0b\x32\x15.tutelage.v1.Sequence\x12#\n\x06signal\x18\x06 \x01(\x0b\x32\x13.tutelage.v1.Signal\".\n\rSequenceError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xd8\x02\n\rSequenceScore\x12\n\n\x02id\x18\x01 \x01(\t\x12)\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x1a.tutelage.v1.SequenceError\x12\x15\n\rnum_positions\x18\x03 \x01(\x05\x12\r\n\x05top_k\x18\x04 \x01(\x05\x12\x16\n\x0enum_candidates\x18\x05 \x01(\x05\x12\'\n\x08\x65ncoding\x18\x06 \x01(\x0e\x32\x15.tutelage.v1.Encoding\x12\x0f\n\x07sampled\x18\x07 \x01(\x0c\x12\x0f\n\x07top_ids\x18\x08 \x01(\x0c\x12\x14\n\x0ctop_logprobs\x18\t \x01(\x0c\x12\x1a\n\x12\x63\x61ndidate_logprobs\x18\n \x01(\x0c\x12\x0f\n\x07\x65ntropy\x18\x0b \x01(\x0c\x12\r\n\x05valid\x18\x0c \x01(\x0c\x12\x16\n\tjudgement\x18\r \x01(\x01H\x00\x88\x01\x01\x12\x0f\n\x07verdict\x18\x0e \x01(\tB\x0c\n\n_judgement\"p\n\x05Usage\x12\x11\n\tpositions\x18\x01 \x01(\x03\x12\x17\n\x0ftokens_computed\x18\x02 \x01(\x03\x12\x15\n\rtokens_reused\x18\x03 \x01(\x03\x12\x10\n\x08queue_ms\x18\x04 \x01(\x01\x12\x12\n\ncompute_ms\x18\x05 \x01(\x01\"\xc9\x01\n\rScoreResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\'\n\x08identity\x18\x02 \x01(\x0b\x32\x15.tutelage.v1.Identity\x12-\n\tsequences\x18\x03 \x03(\x0b\x32\x1a.tutelage.v1.SequenceScore\x12!\n\x05usage\x18\x04 \x01(\x0b\x32\x12.tutelage.v1.Usage\x12)\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x1a.tutelage.v1.SequenceError*P\n\x08\x45ncoding\x12\x18\n\x14\x45NCODING_UNSPECIFIED\x10\x00\x12\x14\n\x10\x45NCODING_FLOAT32\x10\x01\x12\x14\n\x10\x45NCODING_FLOAT16\x10\x02\x32\xe9\x01\n\x0eTeacherService\x12M\n\nGetTeacher\x12\x1e.tutelage.v1.GetTeacherRequest\x1a\x1f.tutelage.v1.GetTeacherResponse\x12>\n\x05Score\x12\x19.tutelage.v1.ScoreRequest\x1a\x1a.tutelage.v1.ScoreResponse\x12H\n\x0bScoreStream\x12\x19.tutelage.v1.ScoreRequest\x1a\x1a.tutelage.v1.ScoreResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tutelage.v1.teacher_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ENCODING']._serialized_start=1980
-  _globals['_ENCODING']._serialized_end=2060
+  _globals['_ENCODING']._serialized_start=2069
+  _globals['_ENCODING']._serialized_end=2149
   _globals['_GETTEACHERREQUEST']._serialized_start=42
   _globals['_GETTEACHERREQUEST']._serialized_end=78
   _globals['_GETTEACHERRESPONSE']._serialized_start=80
@@ -40,25 +40,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_IDENTITY']._serialized_start=196
   _globals['_IDENTITY']._serialized_end=424
   _globals['_LIMITS']._serialized_start=427
-  _globals['_LIMITS']._serialized_end=623
-  _globals['_SIGNAL']._serialized_start=626
-  _globals['_SIGNAL']._serialized_end=765
-  _globals['_PINS']._serialized_start=768
-  _globals['_PINS']._serialized_end=980
-  _globals['_CONTEXT']._serialized_start=982
-  _globals['_CONTEXT']._serialized_end=1004
-  _globals['_SEQUENCE']._serialized_start=1006
-  _globals['_SEQUENCE']._serialized_end=1114
-  _globals['_SCOREREQUEST']._serialized_start=1117
-  _globals['_SCOREREQUEST']._serialized_end=1320
-  _globals['_SEQUENCEERROR']._serialized_start=1322
-  _globals['_SEQUENCEERROR']._serialized_end=1368
-  _globals['_SEQUENCESCORE']._serialized_start=1371
-  _globals['_SEQUENCESCORE']._serialized_end=1660
-  _globals['_USAGE']._serialized_start=1662
-  _globals['_USAGE']._serialized_end=1774
-  _globals['_SCORERESPONSE']._serialized_start=1777
-  _globals['_SCORERESPONSE']._serialized_end=1978
-  _globals['_TEACHERSERVICE']._serialized_start=2063
-  _globals['_TEACHERSERVICE']._serialized_end=2296
+  _globals['_LIMITS']._serialized_end=638
+  _globals['_SIGNAL']._serialized_start=641
+  _globals['_SIGNAL']._serialized_end=799
+  _globals['_PINS']._serialized_start=802
+  _globals['_PINS']._serialized_end=1014
+  _globals['_CONTEXT']._serialized_start=1016
+  _globals['_CONTEXT']._serialized_end=1038
+  _globals['_SEQUENCE']._serialized_start=1040
+  _globals['_SEQUENCE']._serialized_end=1148
+  _globals['_SCOREREQUEST']._serialized_start=1151
+  _globals['_SCOREREQUEST']._serialized_end=1354
+  _globals['_SEQUENCEERROR']._serialized_start=1356
+  _globals['_SEQUENCEERROR']._serialized_end=1402
+  _globals['_SEQUENCESCORE']._serialized_start=1405
+  _globals['_SEQUENCESCORE']._serialized_end=1749
+  _globals['_USAGE']._serialized_start=1751
+  _globals['_USAGE']._serialized_end=1863
+  _globals['_SCORERESPONSE']._serialized_start=1866
+  _globals['_SCORERESPONSE']._serialized_end=2067
+  _globals['_TEACHERSERVICE']._serialized_start=2152
+  _globals['_TEACHERSERVICE']._serialized_end=2385
 # @@protoc_insertion_point(module_scope)

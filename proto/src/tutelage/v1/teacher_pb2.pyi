@@ -59,7 +59,7 @@ class Identity(_message.Message):
     def __init__(self, name: _Optional[str] = ..., model: _Optional[str] = ..., revision: _Optional[str] = ..., weights_version: _Optional[int] = ..., tokenizer_fingerprint: _Optional[str] = ..., vocab_size: _Optional[int] = ..., engine: _Optional[str] = ..., engine_version: _Optional[str] = ..., dtype: _Optional[str] = ..., head_dtype: _Optional[str] = ..., weights_id: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_sequences", "max_sequence_tokens", "max_request_tokens", "max_top_k", "max_candidates", "max_message_bytes", "entropy", "temperature")
+    __slots__ = ("max_sequences", "max_sequence_tokens", "max_request_tokens", "max_top_k", "max_candidates", "max_message_bytes", "entropy", "temperature", "judge")
     MAX_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     MAX_SEQUENCE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_REQUEST_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -68,6 +68,7 @@ class Limits(_message.Message):
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     ENTROPY_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    JUDGE_FIELD_NUMBER: _ClassVar[int]
     max_sequences: int
     max_sequence_tokens: int
     max_request_tokens: int
@@ -76,23 +77,26 @@ class Limits(_message.Message):
     max_message_bytes: int
     entropy: bool
     temperature: bool
-    def __init__(self, max_sequences: _Optional[int] = ..., max_sequence_tokens: _Optional[int] = ..., max_request_tokens: _Optional[int] = ..., max_top_k: _Optional[int] = ..., max_candidates: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., entropy: bool = ..., temperature: bool = ...) -> None: ...
+    judge: bool
+    def __init__(self, max_sequences: _Optional[int] = ..., max_sequence_tokens: _Optional[int] = ..., max_request_tokens: _Optional[int] = ..., max_top_k: _Optional[int] = ..., max_candidates: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., entropy: bool = ..., temperature: bool = ..., judge: bool = ...) -> None: ...
 
 class Signal(_message.Message):
-    __slots__ = ("sampled", "top_k", "candidates", "entropy", "temperature", "encoding")
+    __slots__ = ("sampled", "top_k", "candidates", "entropy", "temperature", "encoding", "judgement")
     SAMPLED_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     CANDIDATES_FIELD_NUMBER: _ClassVar[int]
     ENTROPY_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     ENCODING_FIELD_NUMBER: _ClassVar[int]
+    JUDGEMENT_FIELD_NUMBER: _ClassVar[int]
     sampled: bool
     top_k: int
     candidates: bool
     entropy: bool
     temperature: float
     encoding: Encoding
-    def __init__(self, sampled: bool = ..., top_k: _Optional[int] = ..., candidates: bool = ..., entropy: bool = ..., temperature: _Optional[float] = ..., encoding: _Optional[_Union[Encoding, str]] = ...) -> None: ...
+    judgement: bool
+    def __init__(self, sampled: bool = ..., top_k: _Optional[int] = ..., candidates: bool = ..., entropy: bool = ..., temperature: _Optional[float] = ..., encoding: _Optional[_Union[Encoding, str]] = ..., judgement: bool = ...) -> None: ...
 
 class Pins(_message.Message):
     __slots__ = ("tokenizer_fingerprint", "revision", "weights_version", "min_weights_version")
@@ -151,7 +155,7 @@ class SequenceError(_message.Message):
     def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
 class SequenceScore(_message.Message):
-    __slots__ = ("id", "error", "num_positions", "top_k", "num_candidates", "encoding", "sampled", "top_ids", "top_logprobs", "candidate_logprobs", "entropy", "valid")
+    __slots__ = ("id", "error", "num_positions", "top_k", "num_candidates", "encoding", "sampled", "top_ids", "top_logprobs", "candidate_logprobs", "entropy", "valid", "judgement", "verdict")
     ID_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     NUM_POSITIONS_FIELD_NUMBER: _ClassVar[int]
@@ -164,6 +168,8 @@ class SequenceScore(_message.Message):
     CANDIDATE_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     ENTROPY_FIELD_NUMBER: _ClassVar[int]
     VALID_FIELD_NUMBER: _ClassVar[int]
+    JUDGEMENT_FIELD_NUMBER: _ClassVar[int]
+    VERDICT_FIELD_NUMBER: _ClassVar[int]
     id: str
     error: SequenceError
     num_positions: int
@@ -176,7 +182,9 @@ class SequenceScore(_message.Message):
     candidate_logprobs: bytes
     entropy: bytes
     valid: bytes
-    def __init__(self, id: _Optional[str] = ..., error: _Optional[_Union[SequenceError, _Mapping]] = ..., num_positions: _Optional[int] = ..., top_k: _Optional[int] = ..., num_candidates: _Optional[int] = ..., encoding: _Optional[_Union[Encoding, str]] = ..., sampled: _Optional[bytes] = ..., top_ids: _Optional[bytes] = ..., top_logprobs: _Optional[bytes] = ..., candidate_logprobs: _Optional[bytes] = ..., entropy: _Optional[bytes] = ..., valid: _Optional[bytes] = ...) -> None: ...
+    judgement: float
+    verdict: str
+    def __init__(self, id: _Optional[str] = ..., error: _Optional[_Union[SequenceError, _Mapping]] = ..., num_positions: _Optional[int] = ..., top_k: _Optional[int] = ..., num_candidates: _Optional[int] = ..., encoding: _Optional[_Union[Encoding, str]] = ..., sampled: _Optional[bytes] = ..., top_ids: _Optional[bytes] = ..., top_logprobs: _Optional[bytes] = ..., candidate_logprobs: _Optional[bytes] = ..., entropy: _Optional[bytes] = ..., valid: _Optional[bytes] = ..., judgement: _Optional[float] = ..., verdict: _Optional[str] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("positions", "tokens_computed", "tokens_reused", "queue_ms", "compute_ms")
