@@ -23,6 +23,7 @@ from launcher.doctor_checks import (
     check_vllm,
     demands,
 )
+from launcher.doctor_scores import cached_limits, check_scores
 from launcher.model_facts import ModelFacts, NotHere, read_facts
 from services.logs import log_to_stderr
 
@@ -74,10 +75,11 @@ def examine(config: RunConfig, *, download: bool, token: str | None) -> Iterator
         if entry.address is not None:
             yield from _ask(name, entry.address, token, models.student, limits)
         else:
-            limits[name] = _default_limits()
+            limits[name] = cached_limits(config, name, _default_limits())
             if models.student is not None and name in models.teachers:
                 yield from check_match(models.student, name, models.teachers[name])
     yield from check_adapters(config)
+    yield from check_scores(config, models.student)
     yield from check_objective(config, limits)
     for name, facts in models.named():
         yield from check_lengths(config, name, facts)

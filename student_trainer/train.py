@@ -16,6 +16,7 @@ from tutelage_client.errors import TutelageError
 from services import tracing
 from services.logs import log_to_stderr
 from services.queue import TRAINER_ROLE, Queue, sampler_role, teacher_role
+from student_trainer.cached_scores import check_cached_scores
 from student_trainer.channels import Channels, channels_of
 from student_trainer.checkpoint import CheckpointStore
 from student_trainer.collect import Collector
@@ -137,6 +138,10 @@ async def _build(
 ) -> Parts:
     """Find where the run stands, and connect everything to it."""
     plan = learner.plan
+    cached = check_cached_scores(config, plan, learner.student.fingerprint)
+    cached.raise_for_problems()
+    for warning in cached.warnings:
+        log.warning("cached scores", warning=warning)
     checkpoints = CheckpointStore(config.run.directory / "checkpoints", ranks)
     ledger = restore(config, checkpoints, learner)
     await _check_queue(config, queue, ledger.run_id)

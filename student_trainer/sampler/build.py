@@ -19,7 +19,9 @@ from student_trainer.sampler.engines import ModelSource, load_plain, open_genera
 from student_trainer.sampler.examples import Examples, load_examples
 from student_trainer.sampler.groups import GroupSampler, OtherSampler
 from student_trainer.sampler.pins import TeacherPins
-from student_trainer.sampler.policy import StudentPolicy
+from student_trainer.sampler.policy import StudentPolicy, end_ids
+from student_trainer.sampler.replay import Replay
+from student_trainer.sampler.settings import SamplingSettings
 
 SELF_TEST_PROMPTS = 3
 
@@ -47,11 +49,12 @@ def _build(config: RunConfig, first: PolicyVersion, opened: ExitStack) -> tuple[
         raise invalid(f"student.model: the policy in {first.path} has no tokenizer")
     _check_candidates(plan, plain)
     examples = load_examples(config, plan, plain.tokenizer)
+    replay = _replay(sampling, source, plain, examples)
     test_prompts = _test_prompts(examples)
     student = open_generator(sampling, source, plain, candidates=plan.student_candidates)
     opened.callback(student.close)
     self_test(student, sampling, source, plain, test_prompts, stays=rescores)
-    other = _other_sampler(config, plain, test_prompts, opened)
+    other = replay or _other_sampler(config, plain, test_prompts, opened)
     load: list[Callable[[Path], object]] = [student.load_weights]
     if rescores and sampling.engine == "vllm":
         load.append(partial(load_weights, plain.model))
@@ -68,6 +71,18 @@ def _build(config: RunConfig, first: PolicyVersion, opened: ExitStack) -> tuple[
         other=other,
     )
     return StudentPolicy(PolicyStore(first.path.parent), first, load), sampler
+
+
+def _replay(
+    sampling: SamplingSettings, source: ModelSource, student: LoadedModel, examples: Examples
+) -> OtherSampler | None:
+    """The score file that [sampling] sampler names; the run then has the prompts that it answers."""
+    if sampling.replayed is None:
+        return None
+    fingerprint, ends = tokenizer_fingerprint(student.tokenizer), end_ids(student, source.path)
+    replay = Replay(sampling.replayed, sampling, fingerprint=fingerprint, end_ids=ends)
+    replay.restrict(examples.prompts, examples.encoder)
+    return OtherSampler(sampling.sampler, replay)
 
 
 def _other_sampler(

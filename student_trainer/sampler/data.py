@@ -62,6 +62,13 @@ class PromptSource:
     def example(self, group_index: int) -> Example:
         return self.task.example(self.training_index(group_index))
 
+    def restrict(self, examples: npt.NDArray[np.int64]) -> None:
+        """Train on these examples (numbers within the task) only; before the first group is asked for."""
+        self.training = np.intersect1d(self.training, examples)
+        self._permutation.cache_clear()
+        if not len(self.training):
+            raise invalid(f"data: {self.task.name} has no training prompt among the {len(examples)} wanted")
+
     def held_out(self, count: int) -> list[Example]:
         """The first `count` evaluation examples (fewer when there are fewer), the same for every run."""
         if not len(self.evaluation):

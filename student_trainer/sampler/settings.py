@@ -46,6 +46,11 @@ class DataSettings(BaseModel):
         description="how a response is compared with the answer: the whole text, the last number, "
         "or the content of the last \\boxed{}",
     )
+    written_by: str | None = Field(
+        default=None,
+        description="model (name or revision) that wrote what the student was trained on before; a preset "
+        "that replays responses warns when another one scores them",
+    )
     chat_template: Literal["auto", "always", "never"] = Field(
         default="auto", description="wrap prompts in the tokenizer's chat template; auto: when it has one"
     )
@@ -105,7 +110,8 @@ class SamplingSettings(BaseModel):
     )
     sampler: str = Field(
         default="student",
-        description='who samples: "student", "teacher:NAME" of this run file, or a model path or hub id',
+        description='who samples: "student", "teacher:NAME" of this run file, a model path or hub id, or '
+        '"file:PATH": nobody, the responses of that score file are replayed',
     )
     student_fraction: float | None = Field(
         default=None,
@@ -160,6 +166,20 @@ class SamplingSettings(BaseModel):
                 "it says how a teacher scores, leave it out"
             )
         return self
+
+    @model_validator(mode="after")
+    def _replays_a_score_file(self) -> Self:
+        if self.replayed is not None and self.replayed.suffix != ".parquet":
+            raise ValueError(
+                f'sampling.sampler: got {self.sampler!r}; a score file is replayed, "file:NAME.parquet"'
+            )
+        return self
+
+    @property
+    def replayed(self) -> Path | None:
+        """The score file whose responses take the place of sampled ones."""
+        kind, _, path = self.sampler.partition(":")
+        return Path(path) if kind == "file" else None
 
     @property
     def student_share(self) -> float:
