@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import typer
 
 from launcher.cli_errors import one_line_errors
-from launcher.cli_look import exporter, status
+from launcher.cli_look import exporter, status, views
 from launcher.cli_score import sample, score
 from launcher.cli_teacher import PASSES_OPTIONS_ON, teacher
 from launcher.queue_address import PASSWORD_BELONGS, QUEUE_URL_VARIABLE, given_queue_url
@@ -205,6 +205,7 @@ def train(
 
 
 app.command(rich_help_panel=LOOK)(status)
+app.command(rich_help_panel=LOOK)(views)
 
 
 @app.command(rich_help_panel=LOOK)

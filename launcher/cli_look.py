@@ -1,4 +1,4 @@
-"""`tutelage status` and `tutelage exporter`: command-line options of what only looks at the queue."""
+"""`tutelage status`, `exporter` and `views`: command-line options of what only looks."""
 
 from __future__ import annotations
 
@@ -126,6 +126,54 @@ def status(
                 as_json=json_,
             )
         )
+
+
+def views(
+    run_file: Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run file.", show_default=False)],
+    *,
+    example: Annotated[
+        int, typer.Option(min=0, help="Which example, counted in the order in which the run takes them.")
+    ] = 0,
+    response: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A response, as if the student had sampled it; several are siblings of one group.",
+            show_default=False,
+        ),
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Every token, not only those around the first position.")
+    ] = False,
+) -> None:
+    """Show what each view would see for one example, before anything is trained.
+
+    For each view: who scores it, which of its templates was filled and what the others
+    lack, its context with everything that the student does not see between ⟦ and ⟧,
+    and the tokens with their positions: position t scores response token t. Reads the
+    data and the student's tokenizer, no model and no queue.
+
+    [bold]Examples[/bold]
+
+      tutelage views run.toml
+
+      tutelage views run.toml --example 7 --response "12,13,09:932" --response "12,13,08:832"
+    """
+    with one_line_errors():
+        from rich.console import Console
+        from tutelage_client.errors import invalid
+
+        from services.models.load import load_tokenizer
+        from student_trainer.config import load_run_config
+
+        config = load_run_config(run_file)
+        tokenizer = load_tokenizer(config.student.model, config.student.revision)
+        if tokenizer is None:
+            raise invalid(f"student.model: {config.student.model} has no tokenizer")
+        from launcher.preview import preview
+        from launcher.preview_view import render
+
+        found = preview(config, tokenizer, example, response or [])
+        Console(highlight=False).print(render(found, tokenizer, everything=everything))
 
 
 def needed_queue_url(option: str | None) -> str:

@@ -21,7 +21,7 @@ from student_trainer.config import QueueSettings, parse_run_config
 
 COMMANDS = (
     "quickstart", "up", "teacher", "rollout", "train", "exporter",
-    "status", "sample", "score", "doctor", "report", "bench",
+    "status", "views", "sample", "score", "doctor", "report", "bench",
 )  # fmt: skip
 HEAVY = ("torch", "transformers", "fastapi", "uvicorn", "grpc", "redis", "numpy", "matplotlib", "vllm")
 
