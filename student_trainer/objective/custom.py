@@ -96,6 +96,8 @@ def from_function(f: Callable[[Tensor], Tensor]) -> FDivergence:
         with torch.enable_grad():
             leaf = u.detach().requires_grad_()
             value = f(leaf)
+            if value.shape != u.shape:
+                raise ValueError(f"gave {tuple(value.shape)} for u of shape {tuple(u.shape)}")
             (slope,) = torch.autograd.grad(value.sum(), leaf)
         return value.detach(), slope
 
@@ -133,7 +135,7 @@ def _check_row(source: FunctionSource, row: FDivergence) -> None:
     try:
         cost, weight, share, psi = row.cost(log_u), row.weight(log_u), row.share(s, t), row.psi(s, t)
     except Exception as error:
-        raise _wrong(source, f"raised {error!r}") from error
+        raise _wrong(source, f"failed: {error!r}") from error
     for values in (cost, weight, share, psi):
         if values.shape != log_u.shape or not bool(torch.isfinite(values).all()):
             raise _wrong(source, "must give one finite number for every u, from e^-6 to e^6")

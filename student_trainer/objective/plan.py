@@ -155,7 +155,12 @@ class Plan:
     @property
     def carries_rewards(self) -> bool:
         """Whether a TokenBatch says them, where they are known: to a gate, or to the user's functions."""
-        return self.gates_reward or bool(self.custom)
+        return self.gates_reward or self.tells_tokens
+
+    @property
+    def tells_tokens(self) -> bool:
+        """Whether a function of the user's reads what is known of the tokens."""
+        return "token_weight" in self.custom or "advantage" in self.custom
 
     @property
     def uses_old(self) -> bool:

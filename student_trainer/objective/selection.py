@@ -108,7 +108,7 @@ def select_rows(batch: TokenBatch, plan: Plan, vocabulary: int, *, distill_open:
         teacher_sampled=None if target is None else target[index],
         old=None if batch.old_logprobs is None else batch.old_logprobs.double()[index],
         teacher_entropy=_teacher_entropy(batch, index),
-        tokens=_token_values(batch, plan, behaviour, target).at(index) if plan.custom else None,
+        tokens=_token_values(batch, plan, behaviour, target).at(index) if plan.tells_tokens else None,
         sums=counts,
     )
 
@@ -146,8 +146,8 @@ def _check(batch: TokenBatch, plan: Plan) -> None:
         if name not in batch.views:
             raise ValueError(f"batch.views: {name!r} is missing, got {sorted(batch.views)}")
         _check_view(name, batch.views[name], plan, positions)
-    if plan.custom and batch.sequence_lengths is None:
-        raise ValueError("batch.sequence_lengths: missing, and the plan has functions of the user's")
+    if plan.tells_tokens and batch.sequence_lengths is None:
+        raise ValueError("batch.sequence_lengths: missing, and a function of the user's reads the tokens")
     looks_along = plan.horizon != 0 or plan.weights.prefix is not None or plan.entropy_window > 0
     if looks_along and plan.needs_teacher:
         total = None if batch.sequence_lengths is None else int(batch.sequence_lengths.sum())
