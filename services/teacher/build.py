@@ -5,23 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
 from tutelage_client.types import Limits
 
 from services.api.metrics import Metrics
 from services.teacher.engine import Engine
 from services.teacher.settings import TeacherSettings
 
-# Settings of engines that change what a score costs and not what it is; any other is in the cache's keys.
-_CHANGE_NO_NUMBER: dict[str, set[str]] = {
+# Settings that change what a score costs, or are in the identity; any other one is in the cache's keys.
+_CHANGE_NO_NUMBER: dict[str, Any] = dict.fromkeys(
+    (
+        *("name", "model", "revision", "follow", "scores", "dtype", "head_dtype", "threads", "cache"),
+        *("limits", "service", "queue_url", "namespace", "heartbeat_seconds", "queue_concurrency"),
+        *("consumer", "ready_file", "grace_seconds", "max_batch_tokens"),
+    ),
+    True,
+) | {
     "fake": {
-        "latency_seconds",
-        "tokens_per_second",
-        "load_seconds",
-        "failure_rate",
-        "disconnect_rate",
-        "poison_token",
-        "exit_after",
+        *("latency_seconds", "tokens_per_second", "load_seconds", "failure_rate", "disconnect_rate"),
+        *("poison_token", "exit_after"),
     },
     "vllm": {"gpu_memory_utilization", "kv_cache_memory_bytes", "max_model_len"},
 }
@@ -36,16 +37,8 @@ def build_cached(settings: TeacherSettings, metrics: Metrics) -> Engine:
     from services.teacher.cache.store import build_store
 
     store = build_store(settings.cache, settings.namespace)
-    return CachedEngine(engine, store, variant=_variant(settings), metrics=metrics)
-
-
-def _variant(settings: TeacherSettings) -> dict[str, Any]:
-    """What changes numbers and is in no identity, as JSON values."""
-    changes: dict[str, Any] = {"device": settings.device, "deterministic": settings.deterministic}
-    if settings.engine in _CHANGE_NO_NUMBER:
-        own: BaseModel = getattr(settings, settings.engine)
-        changes["engine"] = own.model_dump(mode="json", exclude=_CHANGE_NO_NUMBER[settings.engine])
-    return changes
+    variant = settings.model_dump(mode="json", exclude=_CHANGE_NO_NUMBER)
+    return CachedEngine(engine, store, variant=variant, metrics=metrics)
 
 
 def build_engine(settings: TeacherSettings) -> Engine:

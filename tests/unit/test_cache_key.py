@@ -138,4 +138,5 @@ def test_settings_of_an_engine_that_no_identity_holds_are_in_the_key() -> None:
         return teacher_digest(engine.identity, engine.variant)
 
     assert digest(seed=1) != digest(seed=2)
+    assert digest(seed=1) == digest(seed=1)
     assert digest(seed=1, latency_seconds=1.0) == digest(seed=1)
