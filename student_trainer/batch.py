@@ -206,6 +206,7 @@ def _tokens(part: Sequence[Member], plan: Plan, mask: Tensor, lengths: Tensor, w
         weight=weight,
         views={view: _view(view, part, plan) for view in plan.view_requests},
         reward_advantage=advantages.repeat_interleave(lengths) if plan.needs_reward else None,
+        view_factors={view: _factors(view, part, lengths) for view in plan.weight_fields},
         sequence_lengths=lengths,
         marked=_marked(part, lengths) if plan.tokens.marked_only else None,
         rewards=rewards.repeat_interleave(lengths) if plan.carries_rewards else None,
@@ -214,6 +215,11 @@ def _tokens(part: Sequence[Member], plan: Plan, mask: Tensor, lengths: Tensor, w
 
 def _marked(part: Sequence[Member], lengths: Tensor) -> Tensor:
     return torch.tensor([member.rollout.marked for member in part]).repeat_interleave(lengths)
+
+
+def _factors(view: str, part: Sequence[Member], lengths: Tensor) -> Tensor:
+    factors = [member.group.view_weights[view] for member in part]
+    return torch.tensor(factors, dtype=torch.float32).repeat_interleave(lengths)
 
 
 def _view(view: str, part: Sequence[Member], plan: Plan) -> ViewTensors:

@@ -45,10 +45,10 @@ def _check_objective(config: RunConfig) -> Plan:
             'objective.support: "full" needs student and teacher in one process; this trainer scores '
             'through the queue, where a top-k support with tail = "bucket" and a large k comes close'
         )
-    if plan.tokens.marked_only:
+    if plan.tokens.marked_only and not plan.contexts:
         raise ValueError(
-            "objective.tokens.marked_only: is set, but this trainer marks no positions; it serves callers of "
-            "objective_loss"
+            "objective.tokens.marked_only: is set, but no view has a context of its own, by which responses "
+            "are marked"
         )
     if not config.teachers and set(plan.scoring_teachers) - set(plan.implied_teachers):
         raise ValueError("[teachers.NAME]: the objective needs a teacher, and the run file has none")
@@ -57,7 +57,27 @@ def _check_objective(config: RunConfig) -> Plan:
             f"objective.views.{next(iter(plan.routes))}.route: needs [data] tag_field, which says the "
             "examples' tags"
         )
+    _check_context_fields(config, plan)
     return plan
+
+
+def _check_context_fields(config: RunConfig, plan: Plan) -> None:
+    """Whether fields that come from elsewhere in the run can ever be there."""
+    answers = config.data.task is not None or config.data.answer_field is not None
+    needs = {
+        "success": (answers, "answers to check: [data] answer_field or a built-in [data] task"),
+        "other_prompt": (config.training.prompts_per_step > 1, "[training] prompts_per_step above 1"),
+    }
+    if config.sampling.samples_per_prompt < 2:
+        needs["success"] = False, "siblings: [sampling] samples_per_prompt of at least 2"
+    found = {f"objective.views.{view}.context": templates for view, templates in plan.contexts.items()}
+    if config.sampling.context is not None:
+        found["sampling.context"] = (config.sampling.context,)
+    for where, templates in found.items():
+        for field in sorted({name for template in templates for name in template.fields & needs.keys()}):
+            there, reason = needs[field]
+            if not there:
+                raise ValueError(f"{where}: {{{field}}} needs {reason}")
 
 
 def _check_reward(config: RunConfig, plan: Plan) -> None:

@@ -198,7 +198,14 @@ def needs_behaviour(row: ObjectiveSettings, needs_teacher: bool) -> bool:
 
 
 def check_guided(row: ObjectiveSettings, needs_teacher: bool, guided: bool) -> None:
-    """Whether u means something where the sampler's student sees another context."""
+    """Whether u and the samples mean something where the sampler's student sees another context."""
+    corrected = not isinstance(row.correction, NoCorrection) or row.weights.rollout_cap is not None
+    if guided and not corrected and (row.estimator == "score_function" or row.mix != "replace"):
+        raise ObjectiveError(
+            'objective.correction: got "none" with [sampling] context, under which tokens have other '
+            'probabilities than under the prompt that is trained; allowed: kind = "importance" or "ppo", or '
+            "weights.rollout_cap"
+        )
     if guided and needs_teacher and row.log_ratio == "behaviour":
         raise ObjectiveError(
             'objective.log_ratio: got "behaviour" with [sampling] context, under which μ is of another '
