@@ -62,22 +62,21 @@ def _check_objective(config: RunConfig) -> Plan:
 
 
 def _check_context_fields(config: RunConfig, plan: Plan) -> None:
-    """Whether fields that come from elsewhere in the run can ever be there."""
+    """Whether one template of every context can be filled at all in this run."""
     answers = config.data.task is not None or config.data.answer_field is not None
-    needs = {
-        "success": (answers, "answers to check: [data] answer_field or a built-in [data] task"),
-        "other_prompt": (config.training.prompts_per_step > 1, "[training] prompts_per_step above 1"),
-    }
-    if config.sampling.samples_per_prompt < 2:
-        needs["success"] = False, "siblings: [sampling] samples_per_prompt of at least 2"
+    needs = [
+        ("success", answers, "answers to check: [data] answer_field or a built-in [data] task"),
+        ("success", config.sampling.samples_per_prompt > 1, "siblings: [sampling] samples_per_prompt above 1"),
+        ("other_prompt", config.training.prompts_per_step > 1, "[training] prompts_per_step above 1"),
+    ]
+    never = {field: reason for field, there, reason in needs if not there}
     found = {f"objective.views.{view}.context": templates for view, templates in plan.contexts.items()}
     if config.sampling.context is not None:
         found["sampling.context"] = (config.sampling.context,)
     for where, templates in found.items():
-        for field in sorted({name for template in templates for name in template.fields & needs.keys()}):
-            there, reason = needs[field]
-            if not there:
-                raise ValueError(f"{where}: {{{field}}} needs {reason}")
+        if all(template.fields & never.keys() for template in templates):
+            field = min(templates[0].fields & never.keys())
+            raise ValueError(f"{where}: {{{field}}} needs {never[field]}")
 
 
 def _check_reward(config: RunConfig, plan: Plan) -> None:

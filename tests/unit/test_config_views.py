@@ -102,6 +102,11 @@ def test_context_is_one_template_or_several_in_order() -> None:
     assert parse(view('weights = "ema"\ncontext = "same"')).plan().contexts == {}
 
 
+def test_template_that_can_never_be_filled_may_stand_before_one_that_can() -> None:
+    templates = 'context = [{ user = "{success}" }, { user = "{feedback}" }]'
+    assert parse(f"{EMA}\n{templates}", data="").plan().contexts
+
+
 def test_fields_of_a_template() -> None:
     template = ContextTemplate(user="{prompt} {{literal}} {x}", system="{success}")
     assert template.fields == {"prompt", "x", "success"}
