@@ -71,7 +71,7 @@ def examine(config: RunConfig, *, download: bool, token: str | None) -> Iterator
     models = _Models(config, download)
     yield from models.findings
     limits: dict[str, Limits] = {}
-    for name, entry in config.teachers.items():
+    for name, entry in config.all_teachers().items():
         if entry.address is not None:
             yield from _ask(name, entry.address, token, models.student, limits)
         else:
@@ -97,7 +97,7 @@ class _Models:
         self.findings: list[Finding] = []
         self.student = self._read("student", config.student.model, config.student.revision)
         self.teachers: dict[str, ModelFacts] = {}
-        for name, entry in config.teachers.items():
+        for name, entry in config.all_teachers().items():
             if entry.address is None and entry.model is not None:
                 facts = self._read(f"teacher {name}", entry.model, entry.revision)
                 if facts is not None:

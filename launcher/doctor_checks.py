@@ -183,7 +183,7 @@ def check_vllm(config: RunConfig) -> Iterator[Finding]:
     """vLLM must be here for the processes that compute with it here."""
     users = [
         f"teacher {name}"
-        for name, entry in config.teachers.items()
+        for name, entry in config.all_teachers().items()
         if entry.engine == "vllm" and entry.address is None
     ]
     if config.sampling.engine == "vllm":
@@ -193,7 +193,7 @@ def check_vllm(config: RunConfig) -> Iterator[Finding]:
     elif users:
         yield Finding("ok", "vllm", f"installed, for {', '.join(users)}")
     wanted = config.sampling.max_new_tokens + (config.data.max_prompt_tokens or 0)
-    for name, entry in config.teachers.items():
+    for name, entry in config.all_teachers().items():
         longest = entry.vllm.max_model_len
         if longest is not None and wanted >= longest:
             yield Finding(
@@ -215,8 +215,8 @@ class Demand:
 def demands(config: RunConfig, student: ModelFacts | None, teachers: dict[str, ModelFacts]) -> list[Demand]:
     """Weights, gradients and optimizer states are counted exactly, activations by a rule of thumb."""
     found = []
-    for replicas in replica_sets(config.teachers):
-        name, entry = replicas.name, replicas.entry
+    served = {replicas.name: replicas.entry for replicas in replica_sets(config.teachers)}
+    for name, entry in {**served, **config.implied_teachers()}.items():
         if (facts := teachers.get(name)) is None:
             continue
         size = facts.parameters * BYTES[entry.dtype] * ACTIVATION_SHARE

@@ -29,6 +29,7 @@ class Lookout:
         self._config = config
         self._children = children
         self._queue = run_queue(config)
+        self._teachers = sorted(config.all_teachers())
         self._progress: dict[str, Any] = {}
         self._queued: int | None = None
         self._scored: deque[tuple[float, float]] = deque()
@@ -73,7 +74,7 @@ class Lookout:
         try:
             async with asyncio.timeout(PATIENCE_SECONDS):
                 self._progress = await self._queue.read_progress(self._config.run.name)
-                stats = [await self._queue.teacher_stats(name) for name in self._config.teachers]
+                stats = [await self._queue.teacher_stats(name) for name in self._teachers]
         except (TimeoutError, redis.RedisError):
             self._queued = None
             return False

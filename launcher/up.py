@@ -96,6 +96,10 @@ def child_specs(config: RunConfig, run_file: Path, queue_url: str) -> tuple[Chil
     for replicas in replica_sets(config.teachers):
         if replicas.entry.address is None:
             specs += [_replica(config, replicas, index, queue) for index in range(replicas.entry.replicas)]
+    if not config.self_teacher.in_process:
+        for name, entry in config.implied_teachers().items():
+            alone = ReplicaSet(name, entry, (name,), {})
+            specs += [_replica(config, alone, index, queue) for index in range(entry.replicas)]
     train = ("train", str(run_file))
     specs.append(ChildSpec("trainer", "trainer", train, grace_seconds=120.0, environment=queue))
     for name in (f"sampler-{index}" for index in range(config.sampling.replicas)):
@@ -124,11 +128,13 @@ def _replica(config: RunConfig, replicas: ReplicaSet, index: int, queue: Mapping
         *("--heartbeat-seconds", str(config.queue.heartbeat_seconds)),
         *("--ready-file", str(config.run.directory / "logs" / f"{replica}.ready.json")),
     ]
-    if entry.model is not None:
+    if (directory := config.followed(name)) is not None:
+        arguments += ["--follow", str(directory)]
+    elif entry.model is not None:
         arguments += ["--model", entry.model]
     if entry.scores is not None:
         arguments += ["--scores", str(entry.scores)]
-    if entry.revision is not None:
+    if entry.revision is not None and directory is None:
         arguments += ["--revision", entry.revision]
     for teacher, directory in replicas.adapters.items():
         arguments += ["--adapter", f"{teacher}={directory}"]

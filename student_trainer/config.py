@@ -133,6 +133,34 @@ class TeacherEntry(_Section):
         return self
 
 
+class SelfTeacherSettings(_Section):
+    """How teachers are started that need no section: the student as it publishes itself, or a checkpoint."""
+
+    engine: Literal["transformers", "vllm"] = Field("transformers", description="what computes the scores")
+    replicas: int = Field(1, ge=1, description="processes that `tutelage up` starts for each such teacher")
+    dtype: Literal["float32", "bfloat16"] | None = Field(
+        None, description="dtype of weights and activations; default: that of [student]"
+    )
+    device: str = Field("auto", description='"auto" (CUDA when there is one), "cpu", "cuda" or "cuda:N"')
+    max_batch_tokens: int = Field(
+        MAX_BATCH_TOKENS, ge=1, description="tokens of one packed forward pass; not of engine vllm"
+    )
+    vllm: VllmSettings = Field(
+        default_factory=VllmSettings, description="how vLLM serves them, by vLLM's names"
+    )
+    in_process: bool = Field(
+        False,
+        description="the trainer's process scores for them, and no other is started; for small students",
+    )
+
+    @model_validator(mode="after")
+    def _fits_the_engine(self) -> Self:
+        check_engine(self)
+        if self.in_process and self.engine == "vllm":
+            raise ValueError('in_process: got true with engine = "vllm", which has a process of its own')
+        return self
+
+
 class LoraSettings(_Section):
     """Low-rank adapters (PEFT) instead of training every weight."""
 
@@ -264,6 +292,7 @@ class RunConfig(_Section):
     teachers: dict[str, TeacherEntry] = Field(
         default_factory=dict, description="[teachers.NAME], one section for each teacher"
     )
+    self_teacher: SelfTeacherSettings = SelfTeacherSettings()
     student: StudentSettings
     data: DataSettings
     sampling: SamplingSettings = SamplingSettings()
@@ -275,6 +304,30 @@ class RunConfig(_Section):
     def threads(self) -> int | None:
         """CPU threads that every process of the run sets; None leaves torch's choice."""
         return 1 if self.run.deterministic else self.run.threads
+
+    def implied_teachers(self) -> dict[str, TeacherEntry]:
+        """Teachers without a section, as if they had one; the model of own weights is that of [student]."""
+        settings = self.self_teacher.model_dump(exclude={"in_process"}, exclude_unset=True)
+        settings.setdefault("dtype", self.student.dtype)
+        return {
+            name: TeacherEntry(
+                model=weights.partition(":")[2] or self.student.model,
+                revision=None if ":" in weights else self.student.revision,
+                **settings,
+            )
+            for name, weights in self.plan().implied_teachers.items()
+        }
+
+    def all_teachers(self) -> dict[str, TeacherEntry]:
+        """Those with a section, then the implied ones."""
+        return {**self.teachers, **self.implied_teachers()}
+
+    def followed(self, teacher: str) -> Path | None:
+        """Where an implied teacher's weights are published; None for one whose weights never change."""
+        from student_trainer.channels import DIRECTORIES
+
+        channel = DIRECTORIES.get(self.plan().implied_teachers.get(teacher, ""))
+        return None if channel is None else self.run.directory / channel
 
     def plan(self) -> Plan:
         """The objective, compiled for this run; raises ObjectiveError."""

@@ -23,7 +23,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from services.queue.embedded import EmbeddedServer
+from student_trainer.channels import channel_directory
 from student_trainer.config import RunConfig, load_run_config
+from student_trainer.objective.view_names import self_teacher
 from student_trainer.tasks.addition import CHARACTERS
 from student_trainer.tasks.characters import MODEL_ROWS, character_tokenizer
 
@@ -176,6 +178,13 @@ class Processes:
     def teacher(self, url: str, model: Path, log: Path, name: str = "big") -> ForkServerProcess:
         return self._start(run_teacher, (url, str(model), name, str(log)))
 
+    def self_teacher(self, run: TrainingRun, channel: str, follow: Path | None = None) -> ForkServerProcess:
+        """One that follows a channel of the run, or says so and follows another directory."""
+        teacher = self_teacher(channel, run.config.run.name)
+        directory = follow or channel_directory(run.directory, channel)
+        log = run.logs / f"{teacher}.log"
+        return self._start(run_follower, (run.config.queue.url, str(directory), teacher, str(log)))
+
     def _start(self, target: Callable[..., None], arguments: tuple[Any, ...]) -> ForkServerProcess:
         process = self._context.Process(target=target, args=arguments, daemon=True)
         process.start()
@@ -237,14 +246,21 @@ def run_sampler(run_file: str, name: str, log: str) -> None:
 
 
 def run_teacher(url: str, model: str, name: str, log: str) -> None:
+    _run_replica(url, log, name=name, model=model)
+
+
+def run_follower(url: str, directory: str, name: str, log: str) -> None:
+    _run_replica(url, log, name=name, follow=Path(directory))
+
+
+def _run_replica(url: str, log: str, **what: Any) -> None:
     _log_to(log)
     from services.api.settings import ServiceSettings
     from services.teacher.process import main
     from services.teacher.settings import TeacherSettings
 
     settings = TeacherSettings(
-        name=name,
-        model=model,
+        **what,
         dtype="float32",
         device="cpu",
         deterministic=True,
