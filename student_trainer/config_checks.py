@@ -22,6 +22,7 @@ def check_sections(config: RunConfig) -> None:
     _check_sampler(config)
     _check_sampling_engine(config)
     _check_teacher_engines(config)
+    _check_self_teachers(config, plan)
     _check_evaluation(config)
     _check_ports(config)
 
@@ -125,6 +126,34 @@ def _check_teacher_engines(config: RunConfig) -> None:
                 f'[run] deterministic: got true with [teachers.{name}] engine = "vllm", whose scores depend '
                 'on what is computed beside them; use engine = "transformers", or deterministic = false'
             )
+
+
+def _check_self_teachers(config: RunConfig, plan: Plan) -> None:
+    from student_trainer.channels import channels_of, max_lag
+
+    channels, staleness = channels_of(plan, config.run.name), config.training.max_staleness
+    for name, channel in channels.items():
+        if name in config.teachers and config.teachers[name].address is None:
+            raise ValueError(
+                f"[teachers.{name}]: has the name of the teacher with the student's own weights ({channel}), "
+                "which needs no section; [self_teacher] says how it is started, or give the address of one "
+                "that somebody else runs"
+            )
+    if not plan.implied_teachers and "self_teacher" in config.model_fields_set:
+        raise ValueError(
+            "[self_teacher]: is set, but no view has weights that need such a teacher: initial, live, ema or "
+            "checkpoint:PATH"
+        )
+    if config.run.deterministic and config.self_teacher.engine == "vllm":
+        raise ValueError(
+            '[run] deterministic: got true with [self_teacher] engine = "vllm", whose scores depend on what '
+            'is computed beside them; use engine = "transformers", or deterministic = false'
+        )
+    if config.run.deterministic and channels and max_lag(plan, staleness) < staleness:
+        raise ValueError(
+            f"objective.max_lag: got {plan.max_lag}; a deterministic run scores with the policy that "
+            f"sampled, which is max_staleness = {staleness} behind: allowed: at least that"
+        )
 
 
 def _check_evaluation(config: RunConfig) -> None:
