@@ -23,7 +23,7 @@ from benchmarks.learning import report
 from benchmarks.learning.arms import Experiment, Sizes
 from benchmarks.learning.crew import Crew
 from benchmarks.learning.experiments import EXPERIMENTS, chosen
-from benchmarks.learning.tasks import Task, plan_tasks, read_result, result_path, source_version
+from benchmarks.learning.tasks import Task, costs_path, plan_tasks, read_result, result_path, source_version
 from benchmarks.learning.verdicts import Findings
 
 QUICK = Sizes(steps=5, responses=32, evaluation_prompts=50)
@@ -82,6 +82,11 @@ def whole_of(tasks: Sequence[Task], seeds: tuple[int, ...], sizes: Sizes) -> rep
         seconds=_covered([(result["began"], result["ended"]) for result in results]),
         cpu_seconds=sum(result["cpu_seconds"] for result in results),
         sources=tuple(sorted({result["source"] for result in results})),
+        model_cpu_seconds=sum(
+            read_result(costs_path(task.path))["cpu_seconds"]
+            for task in tasks
+            if not task.arm and costs_path(task.path).exists()
+        ),
     )
 
 

@@ -32,7 +32,7 @@ class Sizes:
     @property
     def looks(self) -> tuple[int, ...]:
         """Steps after which held-out prompts are answered."""
-        return tuple(sorted({0, self.steps // 5, 3 * self.steps // 5, self.steps}))
+        return tuple(sorted({0, 2 * self.steps // 5, self.steps}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +61,7 @@ class Arm:
         fixed: the start writes all responses; 0: the student as it is now. n: the first n steps'
             responses, again and again.
         fraction, pick: train on this fraction of the positions, chosen at random or by the teacher's entropy.
+        trained: no: only look at the start, to compare others with.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Arm:
     fixed: int = 0
     fraction: float = 1.0
     pick: Pick = "random"
+    trained: bool = True
 
     def models(self, specs: Mapping[str, ModelSpec] = MODELS) -> list[str]:
         """Names of the models that must be there first."""

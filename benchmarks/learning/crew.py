@@ -37,6 +37,7 @@ class Crew:
         """Do all that are not done yet; failures are in `failures`, by title."""
         self._waiting = [task for task in tasks if not task.done]
         self._running: list[Task] = []
+        self._processes: list[subprocess.Popen[str]] = []
         self._change = threading.Condition()
         console = Console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(30), TimeElapsedColumn())
@@ -46,8 +47,11 @@ class Crew:
             threads = [threading.Thread(target=self._work) for _ in range(self.workers)]
             for thread in threads:
                 thread.start()
-            for thread in threads:
-                thread.join()
+            try:
+                for thread in threads:
+                    thread.join()
+            finally:
+                self._abandon()
 
     def _work(self) -> None:
         process = self._start()
@@ -56,7 +60,7 @@ class Crew:
             while (task := self._take()) is not None:
                 self._bars.update(bar, description=task.title, completed=0, total=None, visible=True)
                 failure = self._one(process, task, bar)
-                if process.poll() is not None:
+                if process.poll() is not None and self._waiting:
                     process = self._start()
                 self._finish(task, failure)
         finally:
@@ -68,7 +72,10 @@ class Crew:
         """Why it failed, or None."""
         assert process.stdin is not None
         assert process.stdout is not None
-        print(json.dumps(task_document(task)), file=process.stdin, flush=True)
+        try:
+            print(json.dumps(task_document(task)), file=process.stdin, flush=True)
+        except BrokenPipeError:
+            return f"its process ended with status {process.wait()}"
         for line in process.stdout:
             said = json.loads(line)
             if "step" in said:
@@ -90,6 +97,14 @@ class Crew:
                     return None
                 self._change.wait()
 
+    def _abandon(self) -> None:
+        """Begin nothing more and end what runs; nothing to do when all is done."""
+        with self._change:
+            self._waiting.clear()
+            for process in self._processes:
+                process.terminate()
+            self._change.notify_all()
+
     def _finish(self, task: Task, failure: str | None) -> None:
         with self._change:
             self._running.remove(task)
@@ -101,7 +116,7 @@ class Crew:
             print(f"{task.title}{': failed' if failure else ''}", file=sys.stderr, flush=True)
 
     def _start(self) -> subprocess.Popen[str]:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [
                 sys.executable, "-m", "benchmarks.learning.worker", "--directory", str(self.directory),
                 "--sizes", json.dumps(asdict(self.sizes)), "--source", self.source,
@@ -110,3 +125,5 @@ class Crew:
             env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
                  PARENT_VARIABLE: str(os.getpid())},
         )  # fmt: skip
+        self._processes.append(process)
+        return process

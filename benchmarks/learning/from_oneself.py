@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.learning.arms import START, Answered, Arm, Claim, Experiment, Measure
-from benchmarks.learning.from_teachers import GROUP, GRPO, OPD, SUPERVISED, Objective, sampled
+from benchmarks.learning.from_teachers import GROUP, GRPO, OPD, SUPERVISED, K, Objective, sampled
 from benchmarks.learning.scorers import ANSWERS
 from benchmarks.learning.skills import ADDITION, HINT, RULE, SUBTRACTION
 
@@ -110,14 +110,9 @@ SECOND_SKILL = Experiment(
 )  # fmt: skip
 
 
-SDPO: Objective = {
-    **OPD, "divergence": "jsd", "beta": 0.5, "ema_rate": 0.05, "tokens": {"marked_only": True},
-}  # fmt: skip
-
-
 def _from_feedback(name: str, *contexts: Mapping[str, str]) -> Arm:
-    view = {"weights": "ema", "context": list(contexts), "missing": "same"}
-    return _reader(name, {**SDPO, "views": {"self": view}}, group=GROUP)
+    view = {"context": list(contexts)}
+    return _reader(name, {"preset": "sdpo", "k": K, "views": {"hindsight": view}}, group=GROUP)
 
 
 FEEDBACK = Experiment(

@@ -112,7 +112,10 @@ EXTRAPOLATION = Experiment(
     question="Does a student go past a teacher that was trained too little, along the way from the teacher's "
     "base to the teacher?",
     judge="adder",
-    arms=tuple(extrapolated(factor) for factor in (0.5, 1.0, 1.25, 1.5)),
+    arms=(
+        *(extrapolated(factor) for factor in (0.5, 1.0, 1.25, 1.5)),
+        Arm("the teacher itself", SAMPLED, start="expert", teachers={"teacher": "expert"}, trained=False),
+    ),
     claims=(
         Claim(
             "λ = 1.25 beats plain distillation", "G-OPD / ExOPD", "λ = 1.25", "λ = 1", Measure("sampled")
@@ -121,7 +124,13 @@ EXTRAPOLATION = Experiment(
             "λ = 0.5 stays behind plain distillation", "G-OPD / ExOPD", "λ = 1", "λ = 0.5",
             Measure("sampled"),
         ),
-        Claim("λ = 1.5 does worse than λ = 1.25", "G-OPD / ExOPD", "λ = 1.25", "λ = 1.5", Measure("sampled")),
+        Claim(
+            "λ = 1.5 does worse than λ = 1.25", "G-OPD / ExOPD", "λ = 1.25", "λ = 1.5", Measure("sampled")
+        ),
+        Claim(
+            "with λ = 1.25 the student goes past its teacher", "G-OPD / ExOPD",
+            "λ = 1.25", "the teacher itself", Measure("sampled"),
+        ),
     ),
     notes=("The teacher is its base and 40 steps more; the divergence is from the fully trained adder.",),
 )  # fmt: skip
@@ -164,7 +173,7 @@ TWO_EXPERTS = Experiment(
 )  # fmt: skip
 
 
-CACHED: Objective = {**SAMPLED, "log_ratio": "student"}
+CACHED: Objective = {"preset": "lightning"}
 FEW = 20  # steps' worth of responses that are used again and again
 
 LIGHTNING = Experiment(

@@ -98,7 +98,7 @@ class Session:
         """All steps; `report(step, steps)` after each."""
         began = time.perf_counter()
         self._look(0)
-        for step in range(self.sizes.steps):
+        for step in range(self.sizes.steps if self.arm.trained else 0):
             groups = await self._groups(step)
             self.course.tokens_used += sum(group.num_tokens for group in groups)
             result = self.learner.step(groups, step)
@@ -159,7 +159,7 @@ class Session:
         for prompts in self.held_out:
             found, responses = prompts.ask(writer, self.seed)
             look["sets"][prompts.name] = asdict(found)
-            if self.judge is not None and "kl" not in look:
+            if self.judge is not None and "kl" not in look and step in (0, self.sizes.steps):
                 look["kl"] = divergence(self.own, self.judge, prompts.prompts, responses)
         self.course.looks.append(look)
 

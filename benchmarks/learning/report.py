@@ -36,6 +36,7 @@ class Whole:
     done: int
     seconds: float  # wall time, over however many calls
     cpu_seconds: float
+    model_cpu_seconds: float  # of training the models, which are kept between calls
     sources: tuple[str, ...]  # commits of the code that made the results
 
     @property
@@ -69,8 +70,9 @@ def _preamble(whole: Whole) -> str:
         "difference is more than two of its standard errors. These are models of a toy's size on two tasks: "
         "what appears here may not elsewhere, and the other way round.\n\n"
         f"Code {', '.join(whole.sources) or 'unknown'}; {platform.processor() or platform.machine()}, "
-        f"{len(os.sched_getaffinity(0))} cores, one thread for each arm; {whole.seconds / 60:.0f} minutes, "
-        f"{whole.cpu_seconds / 60:.0f} CPU minutes."
+        f"{len(os.sched_getaffinity(0))} cores, one thread for each arm. The arms took "
+        f"{whole.seconds / 60:.0f} minutes and {whole.cpu_seconds / 60:.0f} CPU minutes; their models, "
+        f"which are kept between calls, {whole.model_cpu_seconds / 60:.0f} CPU minutes."
     )
 
 
@@ -252,7 +254,7 @@ def draw(found: Findings, path: Path) -> Path:
     )
     for panel, answered in zip(panels[0], sets, strict=True):
         for number, arm in enumerate(found.experiment.arms):
-            if found.seeds(arm.name):
+            if arm.trained and found.seeds(arm.name):
                 _line(panel, found.results[arm.name], answered.name, arm.name, f"C{number}")
         panel.set_title(f"{answered.name}, T = 1", fontsize=10)
         panel.set_xlabel("step")

@@ -91,6 +91,11 @@ def result_path(
     return directory / "results" / f"{arm_key(experiment, arm, seed, sizes, specs)}.json"
 
 
+def costs_path(model: Path) -> Path:
+    """Where it says what training the model cost."""
+    return model.with_name(f"{model.name}.json")
+
+
 def read_result(path: Path) -> dict[str, Any]:
     result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return result

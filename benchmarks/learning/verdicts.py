@@ -54,7 +54,7 @@ class Findings:
 
     def starts(self) -> dict[str, Arm]:
         """One arm with results for every start that arms have."""
-        with_results = [arm for arm in self.experiment.arms if self.seeds(arm.name)]
+        with_results = [arm for arm in self.experiment.arms if arm.trained and self.seeds(arm.name)]
         return {arm.start: arm for arm in reversed(with_results)}
 
     def tokens(self) -> dict[str, Spread]:
@@ -62,7 +62,7 @@ class Findings:
         return {
             arm.name: spread([float(self.results[arm.name][s]["tokens_used"]) for s in self.seeds(arm.name)])
             for arm in self.experiment.arms
-            if self.seeds(arm.name)
+            if arm.trained and self.seeds(arm.name)
         }
 
     def tokens_apart(self) -> float:

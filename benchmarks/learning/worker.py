@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.learning.arms import Sizes
 from benchmarks.learning.experiments import EXPERIMENTS
-from benchmarks.learning.tasks import write_result
+from benchmarks.learning.tasks import costs_path, write_result
 from launcher.parent_death import follow_parent
 
 REPORTS = 50  # of one task at most
@@ -26,7 +26,9 @@ def do(task: dict[str, Any], directory: Path, sizes: Sizes, source: str) -> None
     if not task["arm"]:
         from benchmarks.learning.models import make_model
 
-        make_model(directory / "models", task["model"], task["seed"], _report)
+        worked = time.process_time()
+        path = make_model(directory / "models", task["model"], task["seed"], _report)
+        write_result(costs_path(path), {"cpu_seconds": time.process_time() - worked})
         return
     from benchmarks.learning.loop import Session
 
