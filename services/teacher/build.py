@@ -77,6 +77,7 @@ def _engine(settings: TeacherSettings, limits: Limits) -> Engine:
             settings=settings.vllm,
             limits=limits,
             adapters=settings.adapters,
+            judge=settings.judge,
         )
     from services.teacher.engines.transformers import TransformersEngine
 
@@ -92,4 +93,5 @@ def _engine(settings: TeacherSettings, limits: Limits) -> Engine:
         threads=settings.threads,
         limits=limits,
         adapter=settings.adapters.get(settings.name),
+        judge=settings.judge,
     )

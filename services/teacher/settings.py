@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 from tutelage_client.types import Limits
 
 from services.api.settings import ServiceSettings
+from services.models.judge_settings import JudgeSettings
 from services.models.vllm_settings import MAX_BATCH_TOKENS, VllmSettings, check_engine
 from services.queue_address import QueueAddress
 from services.teacher.cache.settings import CacheSettings
@@ -55,6 +56,10 @@ class TeacherSettings(BaseModel):
         max_length=MAX_ADAPTERS,
         description="directories of LoRA adapters (PEFT) by the names of the teachers that they make of the "
         "model; the replica's own name is the model alone, unless an adapter has it",
+    )
+    judge: JudgeSettings | None = Field(
+        default=None,
+        description="the model says in words how good a response is, and answers no log-probability",
     )
     follow: Path | None = Field(
         default=None,
@@ -131,6 +136,20 @@ class TeacherSettings(BaseModel):
             )
         if self.engine == "vllm" and self.threads is not None:
             raise ValueError("threads: with engine 'vllm' the environment says it, as OMP_NUM_THREADS")
+        return self
+
+    @model_validator(mode="after")
+    def _a_judge_has_a_model_of_its_own(self) -> TeacherSettings:
+        if self.judge is not None:
+            if self.engine not in ("transformers", "vllm"):
+                raise ValueError(f"judge: got one, the engine {self.engine!r} generates nothing")
+            for key in ("follow", "cache"):
+                if value := getattr(self, key, None):
+                    raise ValueError(f"{key}: got {value!r} with judge, which goes without")
+            if self.vllm.implementation == "stock":
+                raise ValueError(
+                    "vllm.implementation: got 'stock', which is a way to score; a judge generates"
+                )
         return self
 
     @model_validator(mode="after")

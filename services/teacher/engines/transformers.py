@@ -24,10 +24,13 @@ from tutelage_client.types import Identity, Limits, Score, ScoreRequest, Usage
 
 from services.models.adapters import read_adapter
 from services.models.fingerprint import tokenizer_fingerprint
+from services.models.judge_settings import JudgeSettings
 from services.models.load import LoadedModel, load_causal_lm, load_weights
 from services.teacher.engines.batching import Answer, Control, Job, Unit, WaitingLine
 from services.teacher.engines.forward import BatchScores, PackedScorer
+from services.teacher.engines.judge import JudgeScorer
 from services.teacher.engines.scoring_head import ScoringHead
+from services.teacher.judge import Judge
 
 CLOSE_SECONDS = 1.0
 
@@ -57,6 +60,7 @@ class TransformersEngine:
         limits: narrowed to what the model can do (its positions, its vocabulary).
         threads: torch threads of the compute thread; None leaves torch's default.
         adapter: directory of a LoRA adapter, which is merged into the model.
+        judge: says judgements instead of log-probabilities, see `services/teacher/judge.py`.
     """
 
     def __init__(
@@ -73,12 +77,19 @@ class TransformersEngine:
         threads: int | None = None,
         limits: Limits | None = None,
         adapter: Path | None = None,
+        judge: JudgeSettings | None = None,
     ) -> None:
         self._model_name = str(model)
         self._name = name
         self._load: Callable[..., LoadedModel] = partial(
-            load_causal_lm, model, dtype=dtype, device=device, revision=revision
+            load_causal_lm,
+            model,
+            dtype=dtype,
+            device=device,
+            revision=revision,
+            attention="packed" if judge is None else "plain",
         )
+        self._judge = judge
         self._adapter = adapter
         self._head_dtype = head_dtype
         self._threads = 1 if deterministic else threads
@@ -86,7 +97,7 @@ class TransformersEngine:
         self._line = WaitingLine(max_batch_tokens, alone=deterministic)
         self._thread: threading.Thread | None = None
         self._ended: Answer[None] | None = None
-        self._scorer: PackedScorer | None = None
+        self._scorer: PackedScorer | JudgeScorer | None = None
         self._identity: Identity | None = None
         self.counters = Counters()
 
@@ -196,18 +207,29 @@ class TransformersEngine:
             engine="transformers",
             engine_version=transformers.__version__,
             dtype=_name(loaded.model.dtype),
-            head_dtype=_name(self._scorer.head.head.weight.dtype),
+            head_dtype=_name(self._head_type(loaded)),
         )
+        if isinstance(self._scorer, JudgeScorer):
+            self._limits = self._scorer.judge.limits(self._limits)
+            self._identity = self._scorer.judge.identity(self._identity)
 
-    def _scorer_for(self, loaded: LoadedModel) -> PackedScorer:
-        dtype = loaded.model.dtype if self._head_dtype == "model" else getattr(torch, self._head_dtype)
-        return PackedScorer(loaded, ScoringHead(loaded.head.cast(dtype)))
+    def _scorer_for(self, loaded: LoadedModel) -> PackedScorer | JudgeScorer:
+        if self._judge is not None:
+            positions = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+            return JudgeScorer(loaded, Judge(self._judge, loaded.tokenizer, positions=positions))
+        return PackedScorer(loaded, ScoringHead(loaded.head.cast(self._head_type(loaded))))
+
+    def _head_type(self, loaded: LoadedModel) -> torch.dtype:
+        as_saved = self._head_dtype == "model" or self._judge is not None
+        dtype: torch.dtype = loaded.model.dtype if as_saved else getattr(torch, self._head_dtype)
+        return dtype
 
     def _swap(self, path: Path, weights_version: int, weights_id: str) -> None:
         assert self._scorer is not None
-        if self._adapter is not None:
+        if self._adapter is not None or self._judge is not None:
             raise TutelageError(
-                "FAILED_PRECONDITION", "weights: got others for a model with an adapter, which keeps its own"
+                "FAILED_PRECONDITION",
+                "weights: got others for a model with an adapter or for a judge, which keep their own",
             )
         revision = load_weights(self._scorer.loaded.model, path)
         self._scorer = self._scorer_for(self._scorer.loaded)

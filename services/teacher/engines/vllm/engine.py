@@ -14,14 +14,17 @@ from tutelage_client.types import Identity, Limits, Score, ScoreRequest
 
 from services.models.adapters import Adapter, read_adapters
 from services.models.fingerprint import directory_revision, tokenizer_fingerprint
+from services.models.judge_settings import JudgeSettings
 from services.models.load import load_tokenizer, model_files
 from services.models.vllm_adapter import Residue, StepEngine
 from services.models.vllm_settings import VllmSettings
 from services.models.weights import ModelDescription, check_same_model, describe
 from services.teacher.engines.batching import Answer, Control
+from services.teacher.engines.vllm.judged import Judged
 from services.teacher.engines.vllm.pooled import Pooled
 from services.teacher.engines.vllm.stock import Stock
 from services.teacher.engines.vllm.thread import Counters, EngineThread, Job
+from services.teacher.judge import Judge, end_tokens
 
 CLOSE_SECONDS = 5.0
 
@@ -41,6 +44,7 @@ class VllmEngine:
         adapters: directories of LoRA adapters by the names of the teachers that they make of the model;
             `name` itself is the model alone, unless an adapter has that name. All share the engine's
             batches; nothing else is shared but the weights.
+        judge: says judgements instead of log-probabilities, see `services/teacher/judge.py`.
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class VllmEngine:
         settings: VllmSettings | None = None,
         limits: Limits | None = None,
         adapters: Mapping[str, Path] | None = None,
+        judge: JudgeSettings | None = None,
     ) -> None:
         self._model = str(model)
         self._name = name
@@ -62,7 +67,7 @@ class VllmEngine:
         self._head_dtype = head_dtype
         self._settings = settings or VllmSettings()
         self._limits = limits or Limits()
-        self._scoring: Pooled | Stock = Stock() if self._settings.implementation == "stock" else Pooled()
+        self._scoring = self._scoring_for(judge)
         self._adapters = dict(adapters or {})
         self._names = tuple(dict.fromkeys([name, *self._adapters]))
         self._line = EngineThread(self._open, self._scoring, self._identity_of, self._adapter_of)
@@ -132,6 +137,21 @@ class VllmEngine:
         await answer.future
         return found[0]
 
+    def _scoring_for(self, judge: JudgeSettings | None) -> Pooled | Stock | Judged:
+        if judge is not None:
+            return Judged(lambda positions: self._open_judge(judge, positions))
+        return Stock() if self._settings.implementation == "stock" else Pooled()
+
+    def _open_judge(self, settings: JudgeSettings, positions: int) -> tuple[Judge, list[int]]:
+        from transformers import GenerationConfig
+
+        tokenizer = load_tokenizer(self._model, self._revision)
+        judge = Judge(settings, tokenizer, positions=positions)
+        directory = model_files(self._model, self._revision).directory
+        named = directory / "generation_config.json"
+        generation = GenerationConfig.from_pretrained(directory) if named.is_file() else None
+        return judge, end_tokens(generation, tokenizer)
+
     def _identity_of(self, teacher: str) -> Identity:
         return self._identities[teacher or self._names[0]]
 
@@ -174,6 +194,8 @@ class VllmEngine:
             dtype=facts.dtype,
             head_dtype=facts.head_dtype,
         )
+        if isinstance(scoring, Judged):
+            base = scoring.opened.identity(base)
         self._identities = _identities(base, self._names, adapters)
         log.info("vllm_started", **asdict(facts))
         return engine
@@ -181,9 +203,10 @@ class VllmEngine:
     def _swap(self, path: Path, weights_version: int, weights_id: str) -> None:
         assert self._engine is not None and self._directory is not None  # noqa: PT018
         assert self._description is not None
-        if self._adapters:
+        if self._adapters or isinstance(self._scoring, Judged):
             raise TutelageError(
-                "FAILED_PRECONDITION", "weights: got others for a model with adapters, which keeps its own"
+                "FAILED_PRECONDITION",
+                "weights: got others for a model with adapters or for a judge, which keep their own",
             )
         check_same_model(self._description, path)
         revision = directory_revision(path)

@@ -39,11 +39,14 @@ log = structlog.get_logger(__name__)
 
 
 class Scoring(Protocol):
-    """How a sequence becomes a vLLM request and a vLLM output a score: Pooled or Stock."""
+    """How a sequence becomes a vLLM request and a vLLM output a score: Pooled, Stock or Judged.
+
+    A sequence that cannot be asked about is answered at once, with its error.
+    """
 
     def question(
         self, context: Int32Array, sequence: Sequence, signal: Signal, *, read_cache: bool
-    ) -> tuple[list[int], Any]: ...
+    ) -> tuple[list[int], Any] | SequenceScore: ...
 
     def answer(self, output: Any, sequence: Sequence, signal: Signal) -> SequenceScore | None: ...
 
@@ -239,7 +242,11 @@ class EngineThread:
     def _add(self, job: Job, index: int, *, read_cache: bool) -> None:
         sequence = job.request.sequences[index]
         context = job.request.contexts[sequence.context]
-        prompt, params = self._scoring.question(context, sequence, job.request.signal, read_cache=read_cache)
+        asked = self._scoring.question(context, sequence, job.request.signal, read_cache=read_cache)
+        if isinstance(asked, SequenceScore):
+            self._store(job, index, asked)
+            return
+        prompt, params = asked
         unit_id = str(next(self._ids))
         try:
             self._engine.add(unit_id, prompt, params, self._adapter(job.request.teacher))
@@ -286,9 +293,7 @@ class EngineThread:
             return
         score = self._scoring.answer(output, job.request.sequences[unit.index], job.request.signal)
         if score is not None:
-            job.scores[unit.index] = score
-            if len(job.scores) == len(job.request.sequences):
-                self._finish(job)
+            self._store(job, unit.index, score)
         elif unit.read_cache:
             self.counters.rescored += 1
             log.warning("rows_missing", request=job.request.request_id, sequence=unit.index)
@@ -296,6 +301,11 @@ class EngineThread:
         else:
             self._drop(job)
             job.answer.fail(TutelageError("INTERNAL", "engine: vLLM computed fewer rows than were asked for"))
+
+    def _store(self, job: Job, index: int, score: SequenceScore) -> None:
+        job.scores[index] = score
+        if len(job.scores) == len(job.request.sequences):
+            self._finish(job)
 
     def _finish(self, job: Job) -> None:
         del self._jobs[job]
@@ -337,6 +347,8 @@ class EngineThread:
     def _probe(self) -> None:
         """Score one token; raises when the engine cannot even do that any more."""
         question = self._scoring.question(np.zeros(1, dtype=np.int32), _PROBE, Signal(), read_cache=False)
+        if isinstance(question, SequenceScore):
+            raise RuntimeError(f"the probe was not asked: {question.error}")
         self._engine.add("probe", *question)
         while self._engine.has_work:
             if any(output.finished for output in self._engine.step()):

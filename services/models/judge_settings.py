@@ -1,0 +1,94 @@
+"""What a run file or a command line says about a judge: a model that says in words how good a response is.
+
+The score is verbal, a whole number that the judge writes, as in On-policy Verbal Distillation (Xiong et al.,
+2026, arXiv:2601.21968): 0 to 9 there. Imports neither torch nor vLLM.
+"""
+
+from __future__ import annotations
+
+import re
+from string import Formatter
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+USER = """Question:
+{prompt}
+
+Response:
+{response}
+
+How good is the response? Say briefly what is right and what is wrong with it. End with the line
+Score: N
+where N is a whole number from 0 (worst) to {largest} (best)."""
+
+
+class JudgeSettings(BaseModel):
+    """How a judge is asked, and how its reply is read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tokenizer: str | None = Field(
+        default=None,
+        description="directory or hub id of the tokenizer whose ids callers send, the student's; default: "
+        "the judge's own",
+    )
+    system: str | None = Field(
+        default=None, description="system message, where the judge has a chat template"
+    )
+    user: str = Field(
+        default=USER,
+        description="what the judge is asked, with {prompt} and {response}, and {largest} where it is of use",
+    )
+    reply: str = Field(
+        default="Score: {score}",
+        description="what the last line of its reply has to be; anything else is an error, and no score",
+    )
+    largest: int = Field(default=9, ge=1, description="the best score; 0 is the worst")
+    max_new_tokens: int = Field(
+        default=512, ge=1, description="longest reply; one that is cut is an error, and no score"
+    )
+
+    @field_validator("user", "reply")
+    @classmethod
+    def _is_a_template(cls, text: str) -> str:
+        try:
+            list(Formatter().parse(text))
+        except ValueError as error:
+            raise ValueError(
+                f"got a template that cannot be read: {error}; a brace is written twice"
+            ) from error
+        return text
+
+    @model_validator(mode="after")
+    def _names_its_fields(self) -> JudgeSettings:
+        for key, needed, allowed in (
+            ("user", {"response"}, {"prompt", "response", "largest"}),
+            ("reply", {"score"}, {"score"}),
+        ):
+            found = {name for _, name, _, _ in Formatter().parse(getattr(self, key)) if name is not None}
+            if not needed <= found <= allowed:
+                raise ValueError(
+                    f"{key}: got the fields {sorted(found)}, must name {sorted(needed)}, "
+                    f"may name {sorted(allowed)}"
+                )
+        return self
+
+    def question(self, prompt: str, response: str) -> str:
+        """The user's message about a response."""
+        return self.user.format(prompt=prompt, response=response, largest=self.largest)
+
+    def read(self, reply: str) -> float:
+        """The judgement in a whole reply, from 0 to 1.
+
+        Raises:
+            ValueError: its last line is not `reply` with a whole number from 0 to `largest`.
+        """
+        lines = [line.strip() for line in reply.splitlines() if line.strip()]
+        last = lines[-1] if lines else ""
+        before, _, after = self.reply.partition("{score}")
+        pattern = f"{re.escape(before.format())}([0-9]+){re.escape(after.format())}"
+        found = re.fullmatch(pattern, last)
+        if found is None or not int(found[1]) <= self.largest:
+            wanted = self.reply.format(score=f"0 … {self.largest}")
+            raise ValueError(f"the judge's last line is {last[:80]!r}, must be {wanted!r}")
+        return int(found[1]) / self.largest

@@ -1,0 +1,68 @@
+"""A judge on a model of transformers: every sequence of a batch is asked about at once, greedily."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import GenerationConfig
+from tutelage_client.types import SequenceScore
+
+from services.models.load import LoadedModel
+from services.teacher.engines.batching import Unit
+from services.teacher.engines.forward import BatchScores, UnitScores
+from services.teacher.judge import Judge, end_tokens
+
+
+@dataclass(frozen=True)
+class JudgeScorer:
+    """A loaded model that says judgements."""
+
+    loaded: LoadedModel
+    judge: Judge
+
+    @torch.inference_mode()
+    def score(self, batch: list[Unit]) -> BatchScores:
+        """A judgement, or an error, for every sequence of every unit."""
+        return BatchScores([self._unit(unit) for unit in batch])
+
+    def _unit(self, unit: Unit) -> UnitScores:
+        request = unit.job.request
+        sequences = {index: request.sequences[index] for index in unit.sequences}
+        asked: dict[int, list[int]] = {}
+        scores: dict[int, SequenceScore] = {}
+        for index, sequence in sequences.items():
+            ids = self.judge.prompt_ids(request.contexts[unit.context], sequence)
+            if isinstance(ids, SequenceScore):
+                scores[index] = ids
+            else:
+                asked[index] = ids
+        computed = 0
+        ends = end_tokens(self.loaded.model.generation_config, self.loaded.tokenizer)
+        for index, reply in self._replies(asked, ends).items():
+            place = next((place for place, token in enumerate(reply) if token in ends), None)
+            computed += len(asked[index]) + (len(reply) if place is None else place + 1)
+            scores[index] = self.judge.judgement(sequences[index], reply[:place], ended=place is not None)
+        return UnitScores(scores, computed, 0, positions=0, invalid_positions=0)
+
+    def _replies(self, asked: dict[int, list[int]], ends: list[int]) -> dict[int, list[int]]:
+        """The most probable reply to each prompt, up to the end token and what pads it."""
+        if not asked:
+            return {}
+        model = self.loaded.model
+        longest = max(map(len, asked.values()))
+        ids = torch.full((len(asked), longest), ends[0])
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(asked.values()):
+            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+            mask[row, longest - len(prompt) :] = 1
+        greedy = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=self.judge.settings.max_new_tokens,
+            eos_token_id=ends,
+            pad_token_id=ends[0],
+        )
+        replies = model.generate(
+            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=greedy
+        )
+        return dict(zip(asked, replies[:, longest:].tolist(), strict=True))
