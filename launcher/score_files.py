@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 from tutelage_client.errors import TutelageError, invalid
@@ -93,7 +93,7 @@ def _tokens(record: dict[str, Any], encoder: Encoder) -> tuple[Int32Array, Int32
     )
 
 
-def _are_messages(value: Any) -> bool:
+def _are_messages(value: Any) -> TypeGuard[list[dict[str, Any]]]:
     return isinstance(value, list) and bool(value) and all(isinstance(message, dict) for message in value)
 
 

@@ -32,6 +32,16 @@ EXAMPLES = (5, 60, 700, 8000)
 EACH = 3  # responses to each prompt
 
 
+class Small(Addition):
+    """The first numbers only, none held out."""
+
+    def __len__(self) -> int:
+        return 9000
+
+    def held_out(self) -> npt.NDArray[np.bool_]:
+        return np.zeros(len(self), np.bool_)
+
+
 def response(example: int, number: int, **changes: Any) -> ScoredResponse:
     """Told apart by its first two tokens."""
     context = ENCODER.encode([Addition().example(example)])[0].ids
@@ -63,7 +73,7 @@ def open_replay(
 ) -> tuple[Replay, PromptSource]:
     settings = SamplingSettings(sampler=f"file:{path}", max_new_tokens=4, **sampling)
     replay = Replay(path, settings, fingerprint=FINGERPRINT, end_ids=[END])
-    prompts = prompts or PromptSource(Addition(), seed=7)
+    prompts = PromptSource(Small(), seed=7)
     replay.restrict(prompts, ENCODER)
     return replay, prompts
 
@@ -116,17 +126,8 @@ def test_ids_and_log_probabilities_are_the_files(tmp_path: Path) -> None:
 
 
 def test_prompts_are_found_by_their_tokens_where_rows_do_not_number_them(tmp_path: Path) -> None:
-    class Small(Addition):
-        """The first numbers only: every prompt is encoded to find those of the file."""
-
-        def __len__(self) -> int:
-            return 9000
-
-        def held_out(self) -> npt.NDArray[np.bool_]:
-            return np.zeros(len(self), np.bool_)
-
     unnumbered = written(tmp_path / "f.parquet", [replace(row, example=None) for row in rows()])
-    _, prompts = open_replay(unnumbered, PromptSource(Small(), seed=7))
+    _, prompts = open_replay(unnumbered)
     assert prompts.training.tolist() == list(EXAMPLES)
 
 
