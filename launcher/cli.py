@@ -199,9 +199,12 @@ def train(
 
         metrics = {"trainer_port": metrics_port, "host": metrics_host, "token_file": metrics_token_file}
         config = load_run_config(run_file, queue_url=given_queue_url(queue), metrics=metrics)
+        from launcher.self_teachers import scoring_in_process
         from student_trainer.train import main as trainer
 
-        raise typer.Exit(trainer(config, unfinished_status))
+        with scoring_in_process(config):
+            status = trainer(config, unfinished_status)
+        raise typer.Exit(status)
 
 
 app.command(rich_help_panel=LOOK)(status)

@@ -47,14 +47,17 @@ class Bench:
     url: str
     processes: Processes
 
-    def run(self, name: str, *, deterministic: bool = True, training: str = TRAINING) -> TrainingRun:
+    def run(
+        self, name: str, *, deterministic: bool = True, sections: str = "", objective: str = OBJECTIVE
+    ) -> TrainingRun:
         return TrainingRun(
             self.root,
             self.url,
             self.root,
             name=name,
-            training=training,
-            objective=OBJECTIVE,
+            training=TRAINING,
+            objective=objective,
+            student_extra=sections,
             deterministic=deterministic,
         )
 
@@ -135,6 +138,35 @@ def test_killed_trainer_and_self_teachers_end_with_the_weights_of_an_uninterrupt
     assert run.ledger()["applied"] == [[0, STEPS * PER_STEP]]
     assert run.ledger()["dropped"] == []
     assert_average_follows_from_policies(run)
+
+
+def test_a_trainer_that_is_its_own_teacher_trains_the_same_also_when_killed(
+    bench: Bench, uninterrupted: TrainingRun
+) -> None:
+    run = bench.run("own", sections="[self_teacher]\nin_process = true")
+    bench.processes.sampler(run)
+    trainer = bench.processes.trainer(run)
+    wait_until(published(run, "ema", 4, trainer), what="version 4")
+    assert trainer.is_alive(), run.log("trainer")[-3000:]
+    kill(trainer)
+    finish(bench.processes.trainer(run), run)
+    expected, got = uninterrupted.weights(), run.weights()
+    assert all(torch.equal(tensor, got[name]) for name, tensor in expected.items())
+    assert "scoring_in_process" in run.log("trainer")
+
+
+def test_a_trainer_whose_own_teacher_fails_says_so_and_ends(bench: Bench) -> None:
+    views = """
+[objective.views.lost]
+weights = "checkpoint:nowhere"
+"""
+    run = bench.run("lost", sections="[self_teacher]\nin_process = true", objective=PATHWISE + views)
+    trainer = bench.processes.trainer(run)
+    trainer.join(60)
+    assert trainer.exitcode == 1, run.log("trainer")[-3000:]
+    assert "self_teachers_failed" in run.log("trainer")
+    assert "could not load 'nowhere'" in run.log("trainer")
+    assert len(list((run.directory / "checkpoints").glob("step-*"))) == 1
 
 
 def test_scores_of_a_teacher_that_follows_other_weights_are_refused_and_counted(

@@ -233,9 +233,13 @@ def _log_to(path: str) -> None:
 
 def run_trainer(run_file: str, log: str) -> None:
     _log_to(log)
+    from launcher.self_teachers import scoring_in_process
     from student_trainer.train import main
 
-    raise SystemExit(main(load_run_config(Path(run_file))))
+    config = load_run_config(Path(run_file))
+    with scoring_in_process(config):
+        status = main(config)
+    raise SystemExit(status)
 
 
 def run_sampler(run_file: str, name: str, log: str) -> None:
