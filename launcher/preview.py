@@ -92,7 +92,7 @@ def preview(config: RunConfig, tokenizer: Any, number: int, texts: Sequence[str]
     """
     # A view that would refuse is shown with the student's prompt, and what it lacks.
     plan = config.plan()
-    lenient = replace(plan, missing=dict.fromkeys(plan.missing, "same"))
+    lenient = replace(plan, missing=dict.fromkeys(plan.missing, "same"), auxiliary=None)
     examples = load_examples(config, lenient, tokenizer)
     example = examples.prompts.example(number)
     (prompt,) = examples.encoder.encode([example])

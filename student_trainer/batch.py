@@ -32,6 +32,12 @@ class Member:
     rollout: TrainingRollout
     advantage: float  # NaN where the task gave no reward
 
+    @property
+    def cost(self) -> int:
+        """Tokens beside the prompt, at most: under an auxiliary context the response is computed again."""
+        other = self.rollout.auxiliary_ids
+        return self.rollout.length + (0 if other is None else len(other) + self.rollout.length)
+
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
@@ -105,6 +111,7 @@ def idle_batch(micro_batch: MicroBatch) -> MicroBatch:
             mask=torch.zeros(1, dtype=torch.bool),
             weight=torch.zeros(1),
             sequence_lengths=torch.ones(1, dtype=torch.int64),
+            auxiliary_index=None,
         ),
         members=(),
     )
@@ -130,10 +137,10 @@ def _starts(members: Sequence[Member], max_tokens: int) -> list[int]:
     used = 0
     for place, member in enumerate(members):
         again = place > 0 and members[place - 1].group is member.group
-        cost = member.rollout.length + (0 if again else len(member.group.prompt_ids))
+        cost = member.cost + (0 if again else len(member.group.prompt_ids))
         if not starts or used + cost > max_tokens:
             starts.append(place)
-            used, cost = 0, member.rollout.length + len(member.group.prompt_ids)
+            used, cost = 0, member.cost + len(member.group.prompt_ids)
         used += cost
     return starts
 
@@ -184,6 +191,7 @@ def _valid(score: SequenceScore) -> npt.NDArray[np.bool_]:
 
 
 def _layout(part: Sequence[Member]) -> PackedLayout:
+    """Every response after its prompt, then those of the auxiliary loss after their other context."""
     contexts: list[npt.NDArray[np.int32]] = []
     sequences: list[tuple[int, npt.NDArray[np.int32]]] = []
     last: TrainingGroup | None = None
@@ -192,7 +200,21 @@ def _layout(part: Sequence[Member]) -> PackedLayout:
             contexts.append(member.group.prompt_ids)
             last = member.group
         sequences.append((len(contexts) - 1, member.rollout.response_ids))
+    others: dict[bytes, int] = {}
+    for member in part:
+        ids = member.rollout.auxiliary_ids
+        if ids is not None:
+            place = others.setdefault(ids.tobytes(), len(contexts))
+            if place == len(contexts):
+                contexts.append(ids)
+            sequences.append((place, member.rollout.response_ids))
     return build_layout(contexts, sequences)
+
+
+def _auxiliary_index(part: Sequence[Member], lengths: Tensor) -> Tensor:
+    """int64 [A]: positions of the responses that the auxiliary loss takes in, in their order."""
+    taken = torch.tensor([member.rollout.auxiliary_ids is not None for member in part])
+    return taken.repeat_interleave(lengths).nonzero().squeeze(1)
 
 
 def _tokens(part: Sequence[Member], plan: Plan, mask: Tensor, lengths: Tensor, weight: Tensor) -> TokenBatch:
@@ -209,6 +231,7 @@ def _tokens(part: Sequence[Member], plan: Plan, mask: Tensor, lengths: Tensor, w
         view_factors={view: _factors(view, part, lengths) for view in plan.weight_fields},
         sequence_lengths=lengths,
         marked=_marked(part, lengths) if plan.tokens.marked_only else None,
+        auxiliary_index=_auxiliary_index(part, lengths) if plan.auxiliary is not None else None,
         rewards=rewards.repeat_interleave(lengths) if plan.carries_rewards else None,
     )
 

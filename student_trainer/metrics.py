@@ -49,10 +49,11 @@ def step_record(
     sums = dict(result.sums)
     counts = {name: sums.pop(name) for name in list(sums) if name.startswith("dropped_") or name in COUNTED}
     monitored, known = sums.pop("monitored", 0.0), sums.pop("entropy_known", 0.0)
+    consistent = sums.pop("consistent", 0.0)
     record: dict[str, float] = {"step": ledger.step, "policy_version": ledger.step, "loss": result.loss}
     for name, total in sums.items():
         share = monitored if name in ("sampled_kl", "teacher_logprob") else positions
-        share = known if name == "teacher_entropy" else share
+        share = {"teacher_entropy": known, "consistency": consistent}.get(name, share)
         if share:
             record[name] = total / share
     on_policy = all(group.sampled_by == "student" for group in groups)
@@ -87,7 +88,6 @@ def step_record(
         record["reward_mean"] = fmean(rewards)
     record |= {f"seconds_{name}": value for name, value in seconds.items()}
     record |= {f"groups_dropped_{reason}": count for reason, count in sorted(ledger.drop_counts.items())}
-    record |= {f"groups_without_{view}": count for view, count in sorted(ledger.missing_views.items())}
     record |= {f"groups_without_{view}": count for view, count in sorted(ledger.missing_views.items())}
     return record
 

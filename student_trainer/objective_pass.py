@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -10,10 +10,18 @@ from torch import Tensor, nn
 
 from services.models.head import head_of
 from services.models.packed import PackedLayout, hidden_states
-from student_trainer.objective.batch import TokenBatch
+from student_trainer.objective.batch import Head, TokenBatch
 from student_trainer.objective.compile import Plan
+from student_trainer.objective.consistency import consistency_loss
 from student_trainer.objective.loss import LossOutput, NonFiniteStudentError, objective_loss, student_logprobs
 from student_trainer.student import Student
+
+
+def _with(output: LossOutput, extra: LossOutput) -> LossOutput:
+    """The objective's loss and the auxiliary one's; the latter's divergence is called consistency."""
+    found = {"consistency": "divergence", "consistent": "positions"}
+    more = {name: extra.metrics.get(there, 0.0) for name, there in found.items()}
+    return replace(output, loss=output.loss + extra.loss, metrics=output.metrics | more)
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,9 @@ class ObjectivePass(nn.Module):
         with torch.autocast(device.type, self._dtype, enabled=self._dtype != torch.float32):
             hidden = hidden_states(self.model, layout)
         head = head_of(self.model)
-        scored = hidden[layout.score_rows]
+        # The auxiliary loss's rows come after those of the batch's positions.
+        rows, positions = hidden[layout.score_rows], len(tokens.sampled_ids)
+        scored, others = rows[:positions], rows[positions:]
         try:
             if task == "old":
                 old = student_logprobs(
@@ -72,6 +82,9 @@ class ObjectivePass(nn.Module):
                 per_token=per_token,
                 distill_open=distill_open,
             )
+            if plan.auxiliary is not None and len(others):
+                own = Head(head.weight, head.bias, head.softcap, head.scale)
+                output = _with(output, consistency_loss(scored, others, own, tokens, plan))
         except NonFiniteStudentError as error:
             return PassOutput(0.0 * (hidden.sum() + head.weight.sum()), None, str(error))
         return PassOutput(output.loss, output)

@@ -48,6 +48,7 @@ class TrainingRollout:
     scores: Mapping[str, SequenceScore]
     marked: bool = True
 
+    auxiliary_ids: Int32Array | None = None  # [P'], context of the plan's auxiliary loss
     @property
     def length(self) -> int:
         return len(self.response_ids)
@@ -200,9 +201,20 @@ def _decode_rollout(place: int, rollout: Rollout, expected: Expectations) -> Tra
 
 
 def _marked(name: str, rollout: Rollout, plan: Plan) -> bool:
+        auxiliary_ids=_auxiliary(name, rollout, expected),
     """Whether every view with templates had its own context; it must have, where it may not go without."""
     own, templated = set(rollout.privileged_views), set(plan.contexts)
     strict = {view for view, missing in plan.missing.items() if missing == "error"}
+def _auxiliary(name: str, rollout: Rollout, expected: Expectations) -> Int32Array | None:
+    """The context of the auxiliary loss; None without one, or where a response goes without."""
+    settings = expected.plan.auxiliary
+    if settings is None or (settings.missing == "same" and not rollout.auxiliary_context_ids):
+        return None
+    ids = unpack_ids(rollout.auxiliary_context_ids, f"{name}.auxiliary_context_ids")
+    _check_ids(f"{name}.auxiliary_context_ids", ids, expected.vocab_size)
+    return ids
+
+
     if not strict <= own <= templated:
         raise _shape(
             f"{name}.privileged_views: got {sorted(own)}, expected {sorted(strict)} of {sorted(templated)}"

@@ -47,6 +47,7 @@ class TokenBatch:
     sequence_lengths: Tensor | None = None  # int64 [B], sums to T; needed for what looks along a response
     marked: Tensor | None = None  # bool [T], for tokens.marked_only
     old_logprobs: Tensor | None = None  # f32 [T], log p_old; None: the student as it is now
+    auxiliary_index: Tensor | None = None  # int64 [A], positions that are also computed under another context
     rewards: Tensor | None = None  # f32 [T], of the response as it was paid, NaN without; for reward gates
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> TokenBatch:

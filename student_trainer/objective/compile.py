@@ -129,6 +129,7 @@ def compile_plan(
         custom=custom,
         view_clips={name: view.clip for name, view in row.views.items() if view.clip is not None},
         contexts={
+        auxiliary=row.auxiliary,
             name: row.views[name].templates for name in names if row.views and row.views[name].templates
         },
         missing={name: view.missing for name, view in row.views.items() if name in names and view.templates},

@@ -10,6 +10,7 @@ from tutelage_client.types import Signal
 
 from student_trainer.objective.functions import FunctionSource
 from student_trainer.objective.settings import (
+    AuxiliarySettings,
     ContextTemplate,
     Correction,
     Divergence,
@@ -70,6 +71,7 @@ class Plan:
         gate: thresholds of the gate whose state `objective_loss` is given.
         custom: the user's functions, by kind; with one for the divergence, `divergence` is "custom".
         guided: whether the sampler's student saw another context than the trainer's.
+        auxiliary: a loss beside the objective, which needs the responses under a context of its own.
         log_ratio: whose probability of the sampled token stands below q in u.
         needs_teacher, needs_reward, needs_behaviour: what a TokenBatch must carry.
         warnings: what a user should know before starting.
@@ -120,6 +122,7 @@ class Plan:
     guided: bool = False
     contexts: Mapping[str, tuple[ContextTemplate, ...]] = field(default_factory=dict)
     missing: Mapping[str, MissingContext] = field(default_factory=dict)
+    auxiliary: AuxiliarySettings | None = None
     routes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     weight_fields: Mapping[str, str] = field(default_factory=dict)
     implied_teachers: Mapping[str, str] = field(default_factory=dict)

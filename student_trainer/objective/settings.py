@@ -289,6 +289,32 @@ class GateSettings(_Settings):
         return self
 
 
+class AuxiliarySettings(_Settings):
+    """A loss beside the objective: the student is to say under a privileged context what it says without."""
+
+    kind: Literal["consistency"] = Field(
+        description="+ coefficient · KL(p without the context, held fixed ‖ p under it), over the vocabulary"
+    )
+    context: ViewContext = Field(description="a template, or a list of them, as for a view")
+    coefficient: Annotated[FiniteFloat, Field(gt=0)] = Field(1.0, description="factor of the loss")
+    missing: MissingContext = Field(
+        "error", description="where no template can be filled: refuse, or leave that response out (same)"
+    )
+
+    @field_validator("context")
+    @classmethod
+    def _is_another(cls, context: Any) -> Any:
+        if context in ("same", ()):
+            raise ValueError(f"got {context!r}; give a template, or a list of templates")
+        return context
+
+    @property
+    def templates(self) -> tuple[ContextTemplate, ...]:
+        """The templates, in the order they are tried."""
+        found = self.context
+        return found if isinstance(found, tuple) else (found,) if isinstance(found, ContextTemplate) else ()
+
+
 class CustomSettings(_Settings):
     """Functions of your own: "module:attribute", or "file.py:attribute" relative to the file that says so."""
 
@@ -334,6 +360,7 @@ class ObjectiveSettings(_Settings):
         description='weights "live" and "ema": updates that they may be behind the weights they train; '
         "default: training.max_staleness",
     )
+    auxiliary: AuxiliarySettings | None = Field(None, description="a loss beside the objective")
     custom: CustomSettings = Field(CustomSettings(), description="functions of your own")
     divergence: Divergence = Field(
         "kl_student_teacher", description="what is minimised, argument order spelled out"

@@ -26,6 +26,7 @@ from student_trainer.tasks import Example
 
 THINKING, THINKING_ENDS = "<think>", "</think>"
 GUIDE = "sampling.context"
+AUXILIARY = "objective.auxiliary"  # among the views, for which the trainer itself is asked
 LOOKED_AT = 64  # examples among which a template's field must occur
 # Sample indices of random numbers that are no rollout's; -1 decides who samples.
 _OTHER_PROMPT = -(2**32)
@@ -91,6 +92,10 @@ class ContextBuilder:
         self._seed = seed
         self._per_step = prompts_per_step
         self._guide = guide
+        self._shown, self._missing_context = dict(plan.contexts), dict(plan.missing)
+        if plan.auxiliary is not None:
+            self._shown[AUXILIARY] = plan.auxiliary.templates
+            self._missing_context[AUXILIARY] = plan.auxiliary.missing
         for where, templates in self._templates().items():
             for template in templates:
                 self._check_template(where, template)
@@ -112,7 +117,7 @@ class ContextBuilder:
         filled = [
             {
                 view: [self._fill(view, templates, group, place) for place in _places(group)]
-                for view, templates in self._plan.contexts.items()
+                for view, templates in self._shown.items()
             }
             for group in groups
         ]
@@ -151,12 +156,12 @@ class ContextBuilder:
         for number, template in enumerate(templates):
             values, lacking = self._values(template, group, place)
             if not lacking:
-                where = f"objective.views.{view}.context"
+                where = _where(view)
                 example = self._reworded(where, template, group.example, values)
                 return _Filled(example, number, tuple(tried))
             tried.append(lacking)
-        if self._plan.missing[view] == "error":
-            raise self._missing(f"objective.views.{view}.context", group, tuple(tried), place)
+        if self._missing_context[view] == "error":
+            raise self._missing(_where(view), group, tuple(tried), place)
         return _Filled(group.example, None, tuple(tried))
 
     def _values(
@@ -226,7 +231,7 @@ class ContextBuilder:
 
     def _templates(self) -> dict[str, tuple[ContextTemplate, ...]]:
         """By the place in the run file where they stand."""
-        views = {f"objective.views.{view}.context": found for view, found in self._plan.contexts.items()}
+        views = {_where(view): found for view, found in self._shown.items()}
         return views if self._guide is None else {**views, GUIDE: (self._guide,)}
 
     def _check_template(self, where: str, template: ContextTemplate) -> None:
@@ -253,6 +258,10 @@ class ContextBuilder:
         remedy = "" if where == GUIDE else ', another template, or missing = "same" for the view'
         row = self._prompts.place(group.index)
         return invalid(f"{where}: {row}{rollout} lacks {absent}; give the field{remedy}")
+
+
+def _where(view: str) -> str:
+    return f"{view}.context" if view == AUXILIARY else f"objective.views.{view}.context"
 
 
 def _places(group: Sampled) -> Sequence[int | None]:

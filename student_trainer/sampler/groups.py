@@ -16,7 +16,7 @@ from services import tracing
 from student_trainer.lineage import Lineage, to_proto
 from student_trainer.objective.compile import Plan
 from student_trainer.sampler.candidates import student_candidates
-from student_trainer.sampler.contexts import Context, Sampled, without_thinking
+from student_trainer.sampler.contexts import AUXILIARY, Context, Sampled, without_thinking
 from student_trainer.sampler.examples import Examples
 from student_trainer.sampler.generate import Generator, Response, Row
 from student_trainer.sampler.pins import TeacherPins
@@ -111,7 +111,11 @@ class GroupSampler:
             group.sampled_by = self._sampler_name(by_student[i])
             for view, rollouts in contexts[i].items():
                 for rollout, context in zip(group.rollouts, rollouts, strict=True):
-                    if context.template is not None:
+                    if context.template is None:
+                        continue
+                    if view == AUXILIARY:
+                        rollout.auxiliary_context_ids = _bytes(context.prompt.ids)
+                    else:
                         rollout.privileged_views.append(view)
             groups.append(SampledGroup(group, self._requests(group, contexts[i])))
         return groups

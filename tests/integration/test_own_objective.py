@@ -68,6 +68,30 @@ def test_the_guides_example_trains_and_is_part_of_its_run(root: Path, bench: tup
     assert run.steps()[-1] == 12
 
 
+def test_a_second_context_travels_from_the_sampler_to_the_auxiliary_loss(
+    root: Path, bench: tuple[str, Processes]
+) -> None:
+    url, processes = bench
+    run = TrainingRun(
+        root,
+        url,
+        root,
+        name="consistent",
+        objective="""
+distill_coefficient = 0.1
+auxiliary = { kind = "consistency", coefficient = 3.0, context = { user = "{answer}{prompt}" } }
+""",
+        training="steps = 10",
+    )
+    processes.sampler(run)
+    finish(processes.trainer(run), run)
+    figures = [record["consistency"] for record in run.metrics() if "step" in record]
+    assert len(figures) == 10
+    assert figures[0] > 0.1
+    assert sum(figures[-3:]) < 0.7 * sum(figures[:3])
+    assert run.ledger()["settings"]["objective.auxiliary"]["context"]["user"] == "{answer}{prompt}"
+
+
 def test_a_gate_and_several_updates_of_a_step_go_on_after_a_stop(
     root: Path, bench: tuple[str, Processes]
 ) -> None:

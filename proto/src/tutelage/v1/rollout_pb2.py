@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from tutelage.v1 import teacher_pb2 as tutelage_dot_v1_dot_teacher__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19tutelage/v1/rollout.proto\x12\x0btutelage.v1\x1a\x19tutelage/v1/teacher.proto\"\xc4\x01\n\x07Rollout\x12\x14\n\x0cresponse_ids\x18\x01 \x01(\x0c\x12\x1a\n\x12\x62\x65haviour_logprobs\x18\x02 \x01(\x0c\x12\x15\n\rcandidate_ids\x18\x03 \x01(\x0c\x12\x16\n\x0enum_candidates\x18\x04 \x01(\x05\x12\x13\n\x06reward\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x10\n\x08\x66inished\x18\x06 \x01(\x08\x12\x0c\n\x04text\x18\x07 \x01(\t\x12\x18\n\x10privileged_views\x18\x08 \x03(\tB\t\n\x07_reward\"*\n\rPolicyStretch\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05start\x18\x02 \x01(\x03\"\xff\x02\n\x05Group\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\r\n\x05index\x18\x03 \x01(\x03\x12\x16\n\x0epolicy_version\x18\x04 \x01(\x03\x12\x12\n\nprompt_ids\x18\x05 \x01(\x0c\x12&\n\x08rollouts\x18\x06 \x03(\x0b\x32\x14.tutelage.v1.Rollout\x12\x13\n\x0btemperature\x18\x07 \x01(\x01\x12\x13\n\x0bprompt_text\x18\x08 \x01(\t\x12\x13\n\x0btraceparent\x18\t \x01(\t\x12\x12\n\nsampled_by\x18\n \x01(\t\x12+\n\x07lineage\x18\x0b \x03(\x0b\x32\x1a.tutelage.v1.PolicyStretch\x12\x0b\n\x03tag\x18\x0c \x01(\t\x12\x39\n\x0cview_weights\x18\r \x03(\x0b\x32#.tutelage.v1.Group.ViewWeightsEntry\x1a\x32\n\x10ViewWeightsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x9a\x01\n\x0bViewRequest\x12\x0c\n\x04view\x18\x01 \x01(\t\x12\x0f\n\x07teacher\x18\x02 \x01(\t\x12\x1f\n\x04pins\x18\x03 \x01(\x0b\x32\x11.tutelage.v1.Pins\x12#\n\x06signal\x18\x04 \x01(\x0b\x32\x13.tutelage.v1.Signal\x12&\n\x08\x63ontexts\x18\x05 \x03(\x0b\x32\x14.tutelage.v1.Context\"\x8a\x01\n\x0bSampleOrder\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\x13\n\x0b\x66irst_group\x18\x03 \x01(\x03\x12\x12\n\nnum_groups\x18\x04 \x01(\x03\x12\x16\n\x0epolicy_version\x18\x05 \x01(\x03\x12\r\n\x05\x65xact\x18\x06 \x01(\x08\x12\x12\n\nevaluation\x18\x07 \x01(\x08\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19tutelage/v1/rollout.proto\x12\x0btutelage.v1\x1a\x19tutelage/v1/teacher.proto\"\xe3\x01\n\x07Rollout\x12\x14\n\x0cresponse_ids\x18\x01 \x01(\x0c\x12\x1a\n\x12\x62\x65haviour_logprobs\x18\x02 \x01(\x0c\x12\x15\n\rcandidate_ids\x18\x03 \x01(\x0c\x12\x16\n\x0enum_candidates\x18\x04 \x01(\x05\x12\x13\n\x06reward\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x10\n\x08\x66inished\x18\x06 \x01(\x08\x12\x0c\n\x04text\x18\x07 \x01(\t\x12\x18\n\x10privileged_views\x18\x08 \x03(\t\x12\x1d\n\x15\x61uxiliary_context_ids\x18\t \x01(\x0c\x42\t\n\x07_reward\"*\n\rPolicyStretch\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05start\x18\x02 \x01(\x03\"\xff\x02\n\x05Group\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\r\n\x05index\x18\x03 \x01(\x03\x12\x16\n\x0epolicy_version\x18\x04 \x01(\x03\x12\x12\n\nprompt_ids\x18\x05 \x01(\x0c\x12&\n\x08rollouts\x18\x06 \x03(\x0b\x32\x14.tutelage.v1.Rollout\x12\x13\n\x0btemperature\x18\x07 \x01(\x01\x12\x13\n\x0bprompt_text\x18\x08 \x01(\t\x12\x13\n\x0btraceparent\x18\t \x01(\t\x12\x12\n\nsampled_by\x18\n \x01(\t\x12+\n\x07lineage\x18\x0b \x03(\x0b\x32\x1a.tutelage.v1.PolicyStretch\x12\x0b\n\x03tag\x18\x0c \x01(\t\x12\x39\n\x0cview_weights\x18\r \x03(\x0b\x32#.tutelage.v1.Group.ViewWeightsEntry\x1a\x32\n\x10ViewWeightsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x9a\x01\n\x0bViewRequest\x12\x0c\n\x04view\x18\x01 \x01(\t\x12\x0f\n\x07teacher\x18\x02 \x01(\t\x12\x1f\n\x04pins\x18\x03 \x01(\x0b\x32\x11.tutelage.v1.Pins\x12#\n\x06signal\x18\x04 \x01(\x0b\x32\x13.tutelage.v1.Signal\x12&\n\x08\x63ontexts\x18\x05 \x03(\x0b\x32\x14.tutelage.v1.Context\"\x8a\x01\n\x0bSampleOrder\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\x13\n\x0b\x66irst_group\x18\x03 \x01(\x03\x12\x12\n\nnum_groups\x18\x04 \x01(\x03\x12\x16\n\x0epolicy_version\x18\x05 \x01(\x03\x12\r\n\x05\x65xact\x18\x06 \x01(\x08\x12\x12\n\nevaluation\x18\x07 \x01(\x08\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,15 +35,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GROUP_VIEWWEIGHTSENTRY']._loaded_options = None
   _globals['_GROUP_VIEWWEIGHTSENTRY']._serialized_options = b'8\001'
   _globals['_ROLLOUT']._serialized_start=70
-  _globals['_ROLLOUT']._serialized_end=266
-  _globals['_POLICYSTRETCH']._serialized_start=268
-  _globals['_POLICYSTRETCH']._serialized_end=310
-  _globals['_GROUP']._serialized_start=313
-  _globals['_GROUP']._serialized_end=696
-  _globals['_GROUP_VIEWWEIGHTSENTRY']._serialized_start=646
-  _globals['_GROUP_VIEWWEIGHTSENTRY']._serialized_end=696
-  _globals['_VIEWREQUEST']._serialized_start=699
-  _globals['_VIEWREQUEST']._serialized_end=853
-  _globals['_SAMPLEORDER']._serialized_start=856
-  _globals['_SAMPLEORDER']._serialized_end=994
+  _globals['_ROLLOUT']._serialized_end=297
+  _globals['_POLICYSTRETCH']._serialized_start=299
+  _globals['_POLICYSTRETCH']._serialized_end=341
+  _globals['_GROUP']._serialized_start=344
+  _globals['_GROUP']._serialized_end=727
+  _globals['_GROUP_VIEWWEIGHTSENTRY']._serialized_start=677
+  _globals['_GROUP_VIEWWEIGHTSENTRY']._serialized_end=727
+  _globals['_VIEWREQUEST']._serialized_start=730
+  _globals['_VIEWREQUEST']._serialized_end=884
+  _globals['_SAMPLEORDER']._serialized_start=887
+  _globals['_SAMPLEORDER']._serialized_end=1025
 # @@protoc_insertion_point(module_scope)
