@@ -47,8 +47,8 @@ class TrainingRollout:
     reward: float | None
     scores: Mapping[str, SequenceScore]
     marked: bool = True
-
     auxiliary_ids: Int32Array | None = None  # [P'], context of the plan's auxiliary loss
+
     @property
     def length(self) -> int:
         return len(self.response_ids)
@@ -197,14 +197,10 @@ def _decode_rollout(place: int, rollout: Rollout, expected: Expectations) -> Tra
         reward=rollout.reward if rollout.HasField("reward") else None,
         scores={},
         marked=_marked(name, rollout, expected.plan),
+        auxiliary_ids=_auxiliary(name, rollout, expected),
     )
 
 
-def _marked(name: str, rollout: Rollout, plan: Plan) -> bool:
-        auxiliary_ids=_auxiliary(name, rollout, expected),
-    """Whether every view with templates had its own context; it must have, where it may not go without."""
-    own, templated = set(rollout.privileged_views), set(plan.contexts)
-    strict = {view for view, missing in plan.missing.items() if missing == "error"}
 def _auxiliary(name: str, rollout: Rollout, expected: Expectations) -> Int32Array | None:
     """The context of the auxiliary loss; None without one, or where a response goes without."""
     settings = expected.plan.auxiliary
@@ -215,6 +211,10 @@ def _auxiliary(name: str, rollout: Rollout, expected: Expectations) -> Int32Arra
     return ids
 
 
+def _marked(name: str, rollout: Rollout, plan: Plan) -> bool:
+    """Whether every view with templates had its own context; it must have, where it may not go without."""
+    own, templated = set(rollout.privileged_views), set(plan.contexts)
+    strict = {view for view, missing in plan.missing.items() if missing == "error"}
     if not strict <= own <= templated:
         raise _shape(
             f"{name}.privileged_views: got {sorted(own)}, expected {sorted(strict)} of {sorted(templated)}"

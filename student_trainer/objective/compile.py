@@ -126,10 +126,10 @@ def compile_plan(
         gate=row.gate,
         log_ratio=row.log_ratio or "behaviour",
         guided=guided,
+        auxiliary=row.auxiliary,
         custom=custom,
         view_clips={name: view.clip for name, view in row.views.items() if view.clip is not None},
         contexts={
-        auxiliary=row.auxiliary,
             name: row.views[name].templates for name in names if row.views and row.views[name].templates
         },
         missing={name: view.missing for name, view in row.views.items() if name in names and view.templates},

@@ -70,8 +70,8 @@ class Plan:
         ratio, ratio_gate, entropy_factor, entropy_window: the teacher's factor with mix "multiply".
         gate: thresholds of the gate whose state `objective_loss` is given.
         custom: the user's functions, by kind; with one for the divergence, `divergence` is "custom".
-        guided: whether the sampler's student saw another context than the trainer's.
         auxiliary: a loss beside the objective, which needs the responses under a context of its own.
+        guided: whether the sampler's student saw another context than the trainer's.
         log_ratio: whose probability of the sampled token stands below q in u.
         needs_teacher, needs_reward, needs_behaviour: what a TokenBatch must carry.
         warnings: what a user should know before starting.
@@ -120,9 +120,9 @@ class Plan:
     log_ratio: LogRatio = "behaviour"
     custom: Mapping[str, FunctionSource] = field(default_factory=dict)
     guided: bool = False
+    auxiliary: AuxiliarySettings | None = None
     contexts: Mapping[str, tuple[ContextTemplate, ...]] = field(default_factory=dict)
     missing: Mapping[str, MissingContext] = field(default_factory=dict)
-    auxiliary: AuxiliarySettings | None = None
     routes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     weight_fields: Mapping[str, str] = field(default_factory=dict)
     implied_teachers: Mapping[str, str] = field(default_factory=dict)
