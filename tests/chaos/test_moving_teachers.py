@@ -156,16 +156,15 @@ def test_a_trainer_that_is_its_own_teacher_trains_the_same_also_when_killed(
 
 
 def test_a_trainer_whose_own_teacher_fails_says_so_and_ends(bench: Bench) -> None:
-    views = """
-[objective.views.lost]
-weights = "checkpoint:nowhere"
-"""
+    empty = bench.root / "empty"
+    empty.mkdir()
+    views = f'[objective.views.lost]\nweights = "checkpoint:{empty}"\n'
     run = bench.run("lost", sections="[self_teacher]\nin_process = true", objective=PATHWISE + views)
     trainer = bench.processes.trainer(run)
     trainer.join(60)
     assert trainer.exitcode == 1, run.log("trainer")[-3000:]
     assert "self_teachers_failed" in run.log("trainer")
-    assert "could not load 'nowhere'" in run.log("trainer")
+    assert f"could not load '{empty}'" in run.log("trainer")
     assert len(list((run.directory / "checkpoints").glob("step-*"))) == 1
 
 
