@@ -6,6 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,8 @@ from services.api.core import ScoringCore
 from services.api.metrics import Metrics
 from services.teacher.cache.directory import BLOCK, DirectoryStore
 from services.teacher.cache.engine import CachedEngine
+from services.teacher.cache.entry import pack
+from services.teacher.cache.key import sequence_keys, teacher_digest
 from services.teacher.cache.server import ENTRY_BYTES, ServerStore
 from services.teacher.cache.settings import CacheSettings
 from services.teacher.cache.store import Store, build_store
@@ -154,7 +157,7 @@ async def test_equal_sequences_in_flight_are_computed_once(open_store: Callable[
     await replica.reaches(2)
     replica.scorer.gate.set()
     scores = await asyncio.gather(*tasks)
-    assert replica.reached == [[[5], [6]], [[7]]]
+    assert sorted(replica.reached) == [[[5], [6]], [[7]]]
     for one, score in zip(asked, scores, strict=True):
         assert on_the_wire(score) == on_the_wire(await RecordingScorer().score(one))
 
@@ -270,6 +273,20 @@ async def test_an_entry_under_another_key_is_not_taken_for_it(tmp_path: Path) ->
     two.write_bytes(first)
     assert on_the_wire(await replica.engine.score(asked)) == on_the_wire(whole)
     assert replica.failures("corrupt") == 2
+
+
+async def test_an_entry_that_other_weights_wrote_is_no_answer_whatever_its_key_says(
+    open_store: Callable[..., Store],
+) -> None:
+    store = open_store()
+    replica = await opened(Replica(store))
+    asked = request_of([5])
+    right = await RecordingScorer().score(asked)
+    (key,) = sequence_keys(teacher_digest(right.identity, {}), asked)
+    wrong = replace(right.identity, weights_id="another")
+    await store.put([(key, pack(key, right.sequences[0], wrong))])
+    assert on_the_wire(await replica.engine.score(asked)) == on_the_wire(right)
+    assert (len(replica.reached), replica.failures("corrupt")) == (1, 1)
 
 
 def files(directory: Path) -> list[Path]:

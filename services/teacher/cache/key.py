@@ -30,27 +30,27 @@ def teacher_digest(identity: Identity, variant: Mapping[str, Any]) -> bytes:
         variant: settings that change numbers and are not in the identity (JSON values).
     """
     who = {field: getattr(identity, field) for field in Identity.__slots__ if field not in _NAMES}
-    return _digest(FORMAT.encode(), _json(who), _json(variant))
+    return _json(FORMAT, who, variant)
 
 
 def sequence_keys(teacher: bytes, request: ScoreRequest) -> list[bytes]:
     """The key of every sequence, in request order.
 
+    Every part is a digest of fixed size, so none can run into the next; the shape of the candidates
+    follows from their number and the response's.
+
     Args:
         teacher: its `teacher_digest`.
     """
     asked = _json({field: _plain(getattr(request.signal, field)) for field in Signal.__slots__})
-    head = _digest(teacher, asked)
     contexts = [_ids(ids) for ids in request.contexts]
-    return [
-        _digest(
-            head,
-            contexts[sequence.context],
-            _ids(sequence.response_ids),
-            _candidates(sequence.candidate_ids) if request.signal.candidates else b"",
-        )
-        for sequence in request.sequences
-    ]
+    keys = []
+    for sequence in request.sequences:
+        parts = teacher + asked + contexts[sequence.context] + _ids(sequence.response_ids)
+        if request.signal.candidates and sequence.candidate_ids is not None:
+            parts += _ids(sequence.candidate_ids)
+        keys.append(hashlib.sha256(parts).digest())
+    return keys
 
 
 def _plain(value: Any) -> Any:
@@ -62,20 +62,6 @@ def _ids(ids: Int32Array) -> bytes:
     return hashlib.sha256(ids.astype("<i4", copy=False).tobytes()).digest()
 
 
-def _candidates(ids: Int32Array | None) -> bytes:
-    if ids is None:
-        return b""
-    return _digest(repr(ids.shape).encode(), ids.astype("<i4", copy=False).tobytes())
-
-
-def _json(values: Mapping[str, Any]) -> bytes:
-    return json.dumps(values, sort_keys=True, ensure_ascii=True, allow_nan=False).encode()
-
-
-def _digest(*parts: bytes) -> bytes:
-    """SHA-256 over the parts, each with its length, so that no boundary can move."""
-    whole = hashlib.sha256()
-    for part in parts:
-        whole.update(len(part).to_bytes(8, "little"))
-        whole.update(part)
-    return whole.digest()
+def _json(*values: Any) -> bytes:
+    text = json.dumps(values, sort_keys=True, ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).digest()
