@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from typer.testing import CliRunner
 
 from launcher.cli import app
 from launcher.preview import privileged_tokens
+from student_trainer.tasks.addition import CHARACTERS
+from student_trainer.tasks.characters import character_tokenizer
 
 RUN_FILE = """
 [run]
@@ -168,3 +171,22 @@ def test_help_teaches_with_examples(run_file: Path) -> None:
 def test_what_the_student_does_not_see_is_marked(own: str, seen: str, marks: str) -> None:
     ids = [np.array([ord(c) for c in text], dtype=np.int32) for text in (own, seen)]
     assert "".join(".#"[mark] for mark in privileged_tokens(*ids)) == marks
+
+
+def test_guide_shows_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guide's run file is one, and its commands run on it."""
+    guide = (Path(__file__).parents[2] / "docs" / "views.md").read_text()
+    (run_file,) = re.findall(r"```toml\n(.*?)```", guide, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    Path("run.toml").write_text(run_file)
+    character_tokenizer(CHARACTERS).save_pretrained("models/student")
+    (commands,) = re.findall(r"```sh\n(.*?)```", guide, re.DOTALL)
+    outputs = []
+    for command in commands.strip().splitlines():
+        program, *arguments = shlex.split(command)
+        assert program == "tutelage"
+        result = CliRunner().invoke(app, arguments, env={"COLUMNS": "120", "NO_COLOR": "1", "TERM": "dumb"})
+        outputs.append(shown(result))
+    assert "template 1 of 2 lacks {success}" in outputs[0]
+    assert re.search(r"scored by self\.ema\s+the student's moving average", outputs[1])
+    assert "before response 1: template 2 of 2" in outputs[1] or "before all 2 responses" in outputs[1]
