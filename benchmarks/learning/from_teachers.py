@@ -174,7 +174,7 @@ TWO_EXPERTS = Experiment(
 
 
 CACHED: Objective = {"preset": "lightning"}
-FEW = 20  # steps' worth of responses that are used again and again
+FEW, ALL = 20, 10**6  # steps' worth of fixed responses
 
 LIGHTNING = Experiment(
     name="g-cached",
@@ -182,12 +182,15 @@ LIGHTNING = Experiment(
     question="Are scores of the start's own responses, taken once, as good as scores of what the student "
     "writes while it learns? The report's condition: who wrote the start's training data also scores.",
     judge="adder",
-    arms=tuple(
-        sampled(f"{how}, start {condition}", objective, start=start, teachers=THE_ADDER, fixed=fixed)
-        for condition, start in (("taught by the teacher", "taught"), ("taught by another", "sloppy"))
-        for how, objective, fixed in (
-            ("live", SAMPLED, 0), ("cached", CACHED, 10**6), (f"cached, {FEW} steps again", CACHED, FEW)
-        )
+    arms=(
+        *(
+            sampled(f"{how}, start {condition}", objective, start=start, teachers=THE_ADDER, fixed=fixed)
+            for condition, start in (("taught by the teacher", "taught"), ("taught by another", "sloppy"))
+            for how, objective, fixed in (("live", SAMPLED, 0), ("cached", CACHED, ALL))
+        ),
+        sampled(
+            f"cached, {FEW} steps again and again", CACHED, start="taught", teachers=THE_ADDER, fixed=FEW
+        ),
     ),
     claims=(
         Claim(
@@ -227,8 +230,8 @@ TOKEN_BUDGETS = Experiment(
         Arm("all tokens", OPD, teachers=THE_ADDER),
         *(
             selected(f"{fraction:.0%} by {how}", fraction, how)
-            for how in ("disagreement", "entropy", "chance")
-            for fraction in BUDGETS
+            for how, budgets in (("disagreement", BUDGETS), ("entropy", BUDGETS[:2]), ("chance", BUDGETS))
+            for fraction in budgets
         ),
     ),
     claims=(
@@ -274,7 +277,6 @@ REWARD_MIXING = Experiment(
     judge="adder",
     arms=(
         rewarded("reward alone"),
-        rewarded("teacher alone", mix="replace"),
         rewarded("added", mix="add", advantage_std=True),
         rewarded("multiplied, gated", **multiplied("teacher_over_student", "rewarded")),
         rewarded("multiplied, no gate", **multiplied("teacher_over_student", "none")),
