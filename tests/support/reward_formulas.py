@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from support.preset_formulas import clipped, evidence, jsd, per_response, reverse, with_rest
+from support.preset_formulas import clipped, evidence, jsd, moved, per_response, reverse, with_rest
 from support.preset_problem import Formula, Problem
 
 
@@ -66,7 +66,8 @@ def pi_play(x: Problem, log_p: Tensor) -> Tensor:
 
 def edge_opd(x: Problem, log_p: Tensor) -> Tensor:
     supported = x.of(x.first) > x.of(x.student)
-    return -torch.where(supported, (x.of(x.first) - x.old) * x.of(log_p), 0).mean()
+    learns = moved(x, x.behaviour, 2.0) * (1 + x.of(log_p) - x.of(x.student))
+    return -torch.where(supported, (x.of(x.first) - x.old) * learns, 0).mean()
 
 
 FORMULAS: dict[str, Formula] = {
