@@ -53,6 +53,15 @@ def teacher(
             show_default=False,
         ),
     ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TOKENIZER",
+            help="The model judges responses in words, and answers no log-probability. Callers' ids are of "
+            "this tokenizer, a directory or hub id: the student's. More with --set judge.KEY=VALUE.",
+            show_default=False,
+        ),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     max_batch_tokens: Annotated[
@@ -172,6 +181,7 @@ def teacher(
             "follow": follow,
             "revision": revision,
             "adapters": _adapters(adapter or [], name),
+            "judge": None if judge is None else {"tokenizer": judge},
             "dtype": dtype,
             "device": device,
             "max_batch_tokens": max_batch_tokens,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,8 +76,9 @@ def examine(config: RunConfig, *, download: bool, token: str | None) -> Iterator
         if entry.address is not None:
             yield from _ask(name, entry.address, token, models.student, limits)
         else:
-            limits[name] = cached_limits(config, name, _default_limits())
-            if models.student is not None and name in models.teachers:
+            mine = replace(_default_limits(), judge=entry.judge is not None)
+            limits[name] = cached_limits(config, name, mine)
+            if models.student is not None and name in models.teachers and entry.judge is None:
                 yield from check_match(models.student, name, models.teachers[name])
     yield from check_adapters(config)
     yield from check_scores(config, models.student)

@@ -46,7 +46,9 @@ def check_objective(config: RunConfig, limits: dict[str, Limits]) -> Iterator[Fi
         )
         yield Finding("ok", "objective", f"{plan.divergence} on {plan.support}, {plan.estimator}; {asked}")
     else:
-        yield Finding("ok", "objective", "a reward alone; no teacher is asked")
+        yield Finding("ok", "objective", "a reward alone; no teacher is asked for log-probabilities")
+    if plan.judge is not None:
+        yield Finding("ok", "objective", f"the reward is what {plan.judge} judges")
     for warning in plan.warnings:
         yield Finding("warn", "objective", warning)
     for teacher, allowed in limits.items():

@@ -25,6 +25,7 @@ from services.logs import log_to_stderr
 
 if TYPE_CHECKING:
     from launcher.progress import View
+    from services.models.judge_settings import JudgeSettings
     from services.queue.embedded import EmbeddedServer
     from student_trainer.config import RunConfig
 
@@ -140,6 +141,8 @@ def _replica(config: RunConfig, replicas: ReplicaSet, index: int, queue: Mapping
         arguments += ["--adapter", f"{teacher}={directory}"]
     if config.run.deterministic:
         arguments.append("--deterministic")
+    if entry.judge is not None:
+        arguments += _judge(entry.judge, config.student.model)
     arguments += spell_settings(entry.vllm)
     environment = dict(queue)
     if config.threads is not None:
@@ -148,6 +151,13 @@ def _replica(config: RunConfig, replicas: ReplicaSet, index: int, queue: Mapping
         else:
             arguments += ["--threads", str(config.threads)]
     return ChildSpec(replica, "teacher", tuple(arguments), environment=environment)
+
+
+def _judge(judge: JudgeSettings, student: str) -> list[str]:
+    """Its settings as words; the ids it is sent are the student's unless they say otherwise."""
+    own = judge.model_dump(exclude={"tokenizer"}, exclude_defaults=True)
+    words = [word for key, value in own.items() for word in ("--set", f"judge.{key}={value}")]
+    return ["--judge", judge.tokenizer or student, *words]
 
 
 def _embedded(config: RunConfig) -> EmbeddedServer | None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from services.access import LOOPBACK, TokenCheck, TokenSettings, check_exposure
+from services.models.judge_settings import JudgeSettings
 from services.models.vllm_settings import MAX_BATCH_TOKENS, VllmSettings, check_engine
 from services.queue_address import FORM, is_queue_address
 from student_trainer.config_errors import RunFileError, describe_errors
@@ -95,6 +96,9 @@ class TeacherEntry(_Section):
         description="score file (`tutelage score`) that this teacher answers from, instead of a model: "
         "no GPU is needed, and no response is answered that is not in it",
     )
+    judge: JudgeSettings | None = Field(
+        None, description="[teachers.NAME.judge]: it judges responses in words, for [objective] judge"
+    )
     engine: Literal["transformers", "vllm", "fake"] = Field(
         "transformers", description="what computes the scores"
     )
@@ -130,6 +134,8 @@ class TeacherEntry(_Section):
         check_engine(self)
         if self.adapter is not None and self.engine == "fake":
             raise ValueError(f"adapter: got {str(self.adapter)!r}, the engine 'fake' has no model to change")
+        if self.judge is not None and (self.engine == "fake" or self.model is None):
+            raise ValueError("judge: got one, but no model that could say anything")
         return self
 
 

@@ -18,6 +18,7 @@ def check_sections(config: RunConfig) -> None:
     """Raise ValueError, naming section and key, for the first pair of sections that disagree."""
     _check_teacher_names(config)
     plan = _check_objective(config)
+    _check_judge(config, plan)
     _check_reward(config, plan)
     _check_sampler(config)
     _check_sampling_engine(config)
@@ -81,14 +82,26 @@ def _check_context_fields(config: RunConfig, plan: Plan) -> None:
             raise ValueError(f"{where}: {{{field}}} needs {never[field]}")
 
 
+def _check_judge(config: RunConfig, plan: Plan) -> None:
+    """The judge judges, and nobody who judges is asked for log-probabilities."""
+    for name, entry in config.teachers.items():
+        if name == plan.judge and entry.judge is None and entry.address is None:
+            raise ValueError(f"objective.judge: [teachers.{name}] needs a section [teachers.{name}.judge]")
+        if name != plan.judge and entry.judge is not None and name in plan.scoring_teachers:
+            raise ValueError(
+                f"[teachers.{name}.judge]: a judge answers no log-probability, and a view of the objective "
+                "asks for them; name it in [objective] judge"
+            )
+
+
 def _check_reward(config: RunConfig, plan: Plan) -> None:
     if not plan.needs_reward and not plan.gates_reward:
         return
-    if config.data.task is None and config.data.answer_field is None:
+    if plan.judge is None and config.data.task is None and config.data.answer_field is None:
         asking = f"mix: got {plan.mix!r}" if plan.needs_reward else "tokens: a reward gate is set"
         raise ValueError(
-            f"objective.{asking}; a reward needs answers to check: give [data] answer_field or a built-in "
-            "[data] task"
+            f"objective.{asking}; a reward needs answers to check, [data] answer_field or a built-in "
+            "[data] task, or objective.judge"
         )
     if not plan.needs_reward:
         return

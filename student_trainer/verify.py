@@ -21,6 +21,7 @@ from services.queue import ScoredGroup
 from student_trainer.ledger import DropReason, TeacherPin
 from student_trainer.lineage import Lineage, from_proto
 from student_trainer.objective.compile import Plan
+from student_trainer.objective.plan import JUDGE
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -117,12 +118,15 @@ def verify_group(
     """
     plan, group = expected.plan, scored.group
     asked = [view for view in plan.view_requests if view not in scored.errors]
-    if scored.errors and (plan.missing_view == "drop" or not asked):
+    missing_all = not asked and bool(plan.view_requests)
+    if scored.errors and (plan.missing_view == "drop" or missing_all or JUDGE in scored.errors):
         errors = "; ".join(f"view {view!r}: {error}" for view, error in sorted(scored.errors.items()))
         raise RefusedGroupError("failed", errors)
     try:
         prompt_ids, rollouts = _verify_rollouts(group, expected)
         scores = {view: _verify_view(view, scored, rollouts, expected, pins) for view in asked}
+        if plan.judge is not None:
+            rollouts = _judged(rollouts, _verify_view(JUDGE, scored, rollouts, expected, pins))
     except TutelageError as error:
         raise RefusedGroupError("shape", error.message) from error
     found = [
@@ -247,7 +251,7 @@ def _verify_view(
     response = scored.scores.get(view)
     if response is None:
         raise _shape(f"view {view!r}: there is no score")
-    _, signal = expected.plan.view_requests[view]
+    _, signal = expected.plan.requests[view]
     score = score_from_proto(response)
     teacher = _verify_teacher(view, score.identity, scored.group.tag, expected.plan)
     if teacher not in expected.fake_teachers:
@@ -261,7 +265,9 @@ def _verify_view(
         where = f"view {view!r}, rollouts[{place}]"
         if found.id != str(place):
             raise _shape(f"{where}: got the score of sequence {found.id!r}")
-        if found.error is None:
+        if found.error is None and signal.judgement:
+            _verify_judgement(where, found)
+        elif found.error is None:
             _verify_arrays(where, found, rollout, signal)
         usable = found.error is None and signal.top_k > 0
         verified.append(_restrict_support(where, found, expected.vocab_size) if usable else found)
@@ -333,6 +339,20 @@ def _verify_arrays(where: str, score: SequenceScore, rollout: TrainingRollout, s
             raise _shape(
                 f"{where}.{name}: got shape {None if array is None else array.shape}, expected {shape}"
             )
+
+
+def _verify_judgement(where: str, score: SequenceScore) -> None:
+    if score.judgement is None or not 0 <= score.judgement <= 1 or score.valid is not None:
+        raise _shape(f"{where}.judgement: got {score.judgement}, expected a number from 0 to 1, alone")
+
+
+def _judged(rollouts: list[TrainingRollout], answers: tuple[SequenceScore, ...]) -> list[TrainingRollout]:
+    """The rollouts with their judgements for rewards; none where the judge said nothing that can be read."""
+    if all(answer.error is not None for answer in answers):
+        raise RefusedGroupError("no_score", f"no rollout was judged: {_first_error({JUDGE: answers})}")
+    return [
+        replace(rollout, reward=answer.judgement) for rollout, answer in zip(rollouts, answers, strict=True)
+    ]
 
 
 def _check_ids(name: str, ids: Int32Array, vocab_size: int) -> None:

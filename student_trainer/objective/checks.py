@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from student_trainer.objective.plan import TRUNCATED
+from student_trainer.objective.plan import JUDGE, TRUNCATED
 from student_trainer.objective.settings import (
     Divergence,
     NoCorrection,
@@ -211,6 +211,18 @@ def check_guided(row: ObjectiveSettings, needs_teacher: bool, guided: bool) -> N
             'objective.log_ratio: got "behaviour" with [sampling] context, under which μ is of another '
             'prompt than p; allowed: "student"'
         )
+
+
+def check_judge(settings: ObjectiveSettings, teachers: Sequence[str]) -> None:
+    """A judge is one of the run's teachers, and its request is called by no view's name."""
+    if settings.judge is None:
+        return
+    if teachers and settings.judge not in teachers:
+        raise ObjectiveError(
+            f"objective.judge: got teacher {settings.judge!r}, allowed: {', '.join(teachers)}"
+        )
+    if JUDGE in settings.views:
+        raise ObjectiveError(f"objective.views.{JUDGE}: with objective.judge the name is taken, use another")
 
 
 def check_views(

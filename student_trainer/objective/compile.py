@@ -13,6 +13,7 @@ from student_trainer.objective.checks import (
     check_estimator,
     check_gates,
     check_guided,
+    check_judge,
     check_mix,
     check_views,
     check_weights,
@@ -75,7 +76,9 @@ def compile_plan(
     check_gates(row, needs_teacher)
     check_weights(row, needs_teacher)
     temperature = effective_temperature(row, student_temperature, needs_teacher)
-    names = teacher_names(row, run, teachers) if needs_teacher else {}
+    check_judge(row, teachers)
+    scorers = [name for name in teachers if name != row.judge]
+    names = teacher_names(row, run, scorers) if needs_teacher else {}
     views = {view: row.views[view].coefficient if row.views else 1.0 for view in names}
     if needs_teacher:
         check_views(row, divergence, views)
@@ -143,16 +146,22 @@ def compile_plan(
         missing_view=row.missing_view,
         ema_rate=row.ema_rate or DEFAULT_EMA_RATE,
         max_lag=row.max_lag,
+        judge=row.judge,
     )
 
 
 def check_limits(plan: Plan, teacher: str, limits: Limits) -> list[str]:
     """What `teacher` cannot serve of the plan, as sentences; empty when all is well."""
     problems: list[str] = []
+    if plan.judge == teacher and not limits.judge:
+        problems.append(f"objective.judge: teacher {teacher!r} is no judge")
     for view, (_, signal) in plan.view_requests.items():
         if not {"", teacher}.intersection(plan.teachers_of(view)):
             continue
         where = f"objective view {view!r} of teacher {teacher!r}"
+        if limits.judge:
+            problems.append(f"{where}: the teacher is a judge, which answers no log-probability")
+            continue
         if signal.top_k > limits.max_top_k:
             problems.append(
                 f"{where}: k = {signal.top_k} asks for top_k above the teacher's limit {limits.max_top_k}"

@@ -31,6 +31,7 @@ from student_trainer.objective.settings import (
     WeightSettings,
 )
 
+JUDGE = "judge"  # the request about a group that asks the judge; no view has this name beside one
 DEFAULT_BETA = 0.5
 DEFAULT_ALPHA = 0.5
 DEFAULT_K = 64
@@ -74,6 +75,7 @@ class Plan:
         guided: whether the sampler's student saw another context than the trainer's.
         log_ratio: whose probability of the sampled token stands below q in u.
         needs_teacher, needs_reward, needs_behaviour: what a TokenBatch must carry.
+        judge: teacher whose judgement is the reward; None: the task's checker says it.
         warnings: what a user should know before starting.
     """
 
@@ -129,21 +131,33 @@ class Plan:
     missing_view: MissingView = "drop"
     ema_rate: float = DEFAULT_EMA_RATE
     max_lag: int | None = None
+    judge: str | None = None
+
+    @property
+    def requests(self) -> Mapping[str, tuple[str, Signal]]:
+        """What is asked of whom about every group: the views, and the judge."""
+        if self.judge is None:
+            return self.view_requests
+        return {**self.view_requests, JUDGE: (self.judge, Signal(sampled=False, judgement=True))}
 
     def teachers_of(self, view: str) -> tuple[str, ...]:
         """Every teacher that may score the view; one, but for a routed view."""
+        if view == JUDGE and self.judge is not None:
+            return (self.judge,)
         route = self.routes.get(view)
         return (self.teachers[view],) if route is None else tuple(sorted(set(route.values())))
 
     def teacher_of(self, view: str, tag: str) -> str | None:
         """The teacher that scores the view for examples of this tag; None where no one is named."""
+        if view == JUDGE and self.judge is not None:
+            return self.judge
         route = self.routes.get(view)
         return self.teachers[view] if route is None else route.get(tag)
 
     @property
     def scoring_teachers(self) -> tuple[str, ...]:
         """Every teacher that is asked through the queue, sorted."""
-        return tuple(sorted({name for view in self.view_requests for name in self.teachers_of(view)}))
+        return tuple(sorted({name for view in self.requests for name in self.teachers_of(view)}))
 
     @property
     def plain_view(self) -> bool:

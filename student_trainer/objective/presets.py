@@ -168,6 +168,6 @@ def idle_fields(settings: ObjectiveSettings) -> dict[str, str]:
         only(field, settings.mix == "multiply", 'mix = "multiply"')
     only("entropy_window", settings.entropy_factor is not None, "entropy_factor")
     only("route_reward", settings.mix == "route", 'mix = "route"')
-    for field in ("reward_coefficient", "advantage_std", "gate"):
+    for field in ("reward_coefficient", "advantage_std", "gate", "judge"):
         only(field, settings.mix != "replace", "a mix with the reward")
     return idle

@@ -410,6 +410,11 @@ class ObjectiveSettings(_Settings):
     tokens: TokenSettings = Field(TokenSettings(), description="which positions are trained on")
     weights: WeightSettings = Field(WeightSettings(), description="factors of a position's loss")
     mix: Mix = Field("replace", description="how a verifiable reward's advantage joins the distillation")
+    judge: str | None = Field(
+        None,
+        description="teacher whose judgement of every response, from 0 to 1, is its reward, in place of the "
+        "task's checker",
+    )
     distill_coefficient: FiniteFloat = Field(
         1.0, description="factor of the distillation part; 0: no teacher"
     )

@@ -232,7 +232,7 @@ class GroupSampler:
 
     def _requests(self, group: Group, contexts: Mapping[str, tuple[Context, ...]]) -> tuple[ViewRequest, ...]:
         requests = []
-        for view, (_, signal) in self.plan.view_requests.items():
+        for view, (_, signal) in self.plan.requests.items():
             teacher = self._labels.teacher(view, group.index, group.tag)
             seen = [_bytes(context.prompt.ids) for context in contexts.get(view, ())] or [group.prompt_ids]
             requests.append(

@@ -351,10 +351,10 @@ async def test_a_request_that_vllm_does_not_take_fails_alone(
 ) -> None:
     add = shared.step_engine.add
 
-    def picky(request_id: str, prompt_ids: list[int], params: Any) -> None:
+    def picky(request_id: str, prompt_ids: list[int], params: Any, adapter: str | None) -> None:
         if len(prompt_ids) == 10 + 76:
             raise ValueError("not this one")
-        add(request_id, prompt_ids, params)
+        add(request_id, prompt_ids, params, adapter)
 
     monkeypatch.setattr(shared.step_engine, "add", picky)
     others = shared.check(11, count=3)

@@ -11,7 +11,7 @@ import httpx
 import pytest
 import pytest_asyncio
 from support.engine_requests import run_engine
-from support.judges import CHARACTERS, SETTINGS, save_judge
+from support.judges import JUDGED, SETTINGS, save_judge
 from support.queue_data import make_group
 from support.teachers import http_client, serve, teacher_process
 from support.vllm_engines import run_vllm
@@ -31,7 +31,7 @@ from student_trainer.tasks.characters import character_tokenizer
 
 JUDGE = Signal(sampled=False, judgement=True)
 # The caller's tokenizer has other ids than the judge's for the same characters.
-STUDENT = character_tokenizer(CHARACTERS[::-1])
+STUDENT = character_tokenizer(JUDGED[::-1])
 
 
 @dataclass(frozen=True)

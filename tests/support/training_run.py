@@ -250,14 +250,15 @@ def run_sampler(run_file: str, name: str, log: str) -> None:
 
 
 def run_teacher(url: str, model: str, name: str, log: str) -> None:
-    _run_replica(url, log, name=name, model=model)
+    run_replica(url, log, name=name, model=model)
 
 
 def run_follower(url: str, directory: str, name: str, log: str) -> None:
-    _run_replica(url, log, name=name, follow=Path(directory))
+    run_replica(url, log, name=name, follow=Path(directory))
 
 
-def _run_replica(url: str, log: str, **what: Any) -> None:
+def run_replica(url: str, log: str, **what: Any) -> None:
+    """A teacher that takes jobs from the queue; `what` are its settings."""
     _log_to(log)
     from services.api.settings import ServiceSettings
     from services.teacher.process import main
