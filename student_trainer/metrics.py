@@ -72,6 +72,7 @@ def step_record(
         "staleness_mean": fmean(staleness),
         "staleness_max": max(staleness),
         "groups": len(groups),
+        "responses_left_out": sum(len(group.rewards) - len(group.rollouts) for group in groups),
         "response_tokens": tokens,
         "tokens_per_second": tokens / total_seconds if total_seconds else 0.0,
         "trained_tokens_per_second": tokens / seconds["train"] if seconds.get("train") else 0.0,

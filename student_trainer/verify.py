@@ -12,6 +12,7 @@ from math import inf, isclose, nan
 
 import numpy as np
 import numpy.typing as npt
+import structlog
 from tutelage.v1.rollout_pb2 import Group, Rollout
 from tutelage_client.codec import identity_from_proto, score_from_proto, unpack_ids
 from tutelage_client.errors import TutelageError
@@ -24,6 +25,8 @@ from student_trainer.objective.compile import Plan
 from student_trainer.objective.plan import JUDGE
 
 Float32Array = npt.NDArray[np.float32]
+
+log = structlog.get_logger(__name__)
 
 
 class RefusedGroupError(Exception):
@@ -137,6 +140,8 @@ def verify_group(
     places = tuple(i for i, views in enumerate(found) if len(views) >= needed)
     if not places:
         raise RefusedGroupError("no_score", f"no rollout was scored: {_first_error(scores)}")
+    if any(len(views) < len(asked) for views in found):
+        log.warning("responses lack scores", left_out=len(rollouts) - len(places), why=_first_error(scores))
     return TrainingGroup(
         id=group.id,
         index=group.index,

@@ -100,6 +100,11 @@ class ContextBuilder:
             for template in templates:
                 self._check_template(where, template)
 
+    @property
+    def reads_answers(self) -> bool:
+        """Whether a template asks for what a sibling answered."""
+        return any("success" in template.fields for found in self._shown.values() for template in found)
+
     def contexts(
         self, groups: Sequence[Sampled], own: Sequence[EncodedPrompt]
     ) -> list[dict[str, tuple[Context, ...]]]:
@@ -270,7 +275,9 @@ def _places(group: Sampled) -> Sequence[int | None]:
 
 def without_thinking(tokenizer: Any, responses: Sequence[Int32Array]) -> tuple[str, ...]:
     """Each response's text after its thinking, special tokens removed; "" when it is still thinking."""
-    ends = tokenizer.get_vocab().get(THINKING_ENDS, PAD_ID)
+    ends = tokenizer.convert_tokens_to_ids(THINKING_ENDS)
+    if ends is None or ends == tokenizer.unk_token_id:
+        ends = PAD_ID
     left = [ids[max(np.flatnonzero(ids == ends), default=-1) + 1 :] for ids in responses]
     texts = tokenizer.batch_decode(left, skip_special_tokens=True)
     answers = [text.rpartition(THINKING_ENDS)[2].strip() for text in texts]

@@ -205,12 +205,12 @@ class GroupSampler:
         ]
 
     def _sampled(self, index: int, example: Example, responses: Sequence[Response]) -> Sampled:
-        texts = self.texts(responses)
+        texts, ids = self.texts(responses), [response.ids for response in responses]
         return Sampled(
             index,
             example,
             texts=tuple(texts),
-            answers=without_thinking(self._tokenizer, [response.ids for response in responses]),
+            answers=without_thinking(self._tokenizer, ids) if self._contexts.reads_answers else tuple(texts),
             rewards=tuple(self.prompts.reward(example, text) for text in texts),
         )
 

@@ -139,6 +139,11 @@ class SamplingSettings(BaseModel):
 
     @model_validator(mode="after")
     def _context_is_known_before(self) -> Self:
+        if self.context is not None and self.student_share == 0.0:
+            raise ValueError(
+                f'sampling.context: is set with sampler = "{self.sampler}", and the student samples nothing; '
+                "give student_fraction above 0, or leave the context out"
+            )
         later = sorted(self.context.fields & ROLLOUT_FIELDS) if self.context is not None else []
         if later:
             raise ValueError(

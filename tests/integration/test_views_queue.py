@@ -292,6 +292,40 @@ def test_run_with_views_trains_to_its_end(bench: Bench, name: str, objective: st
     assert any(not torch.equal(trained[key], before[key]) for key in before)
 
 
+HINTED = """
+target = "losses"
+missing_view = "{missing_view}"
+[objective.views.expert]
+weights = "teacher:maths"
+[objective.views.hinted]
+weights = "teacher:self"
+context = {{ user = "{{prompt}} {{solution}}" }}
+"""
+
+
+def test_context_too_long_for_the_teacher_costs_its_view_alone_where_that_is_wanted(bench: Bench) -> None:
+    bench.runs.write_rows("long.jsonl", {}, long={1, 6, 7})
+    config = bench.runs.config("partial", HINTED.format(missing_view="renormalise"), rows="long.jsonl")
+    run = FinishedRun(bench, "partial", config)
+    run.train()
+    ledger = run.ledger()
+    assert (ledger["drop_counts"], ledger["missing_views"]) == ({}, {"hinted": 3})
+    for record, partial in zip(run.metrics(), (1, 2, 0), strict=True):
+        assert (record["responses_left_out"], record["groups"]) == (0, 4)
+        assert (record["renormalised"] > 0) == (partial > 0)
+    assert run.metrics()[-1]["groups_without_hinted"] == 3
+    assert "view 'hinted': INVALID_ARGUMENT" in (run.logs / "trainer.log").read_text()
+
+
+def test_context_too_long_for_the_teacher_is_named_where_it_ends_a_run(bench: Bench) -> None:
+    bench.runs.write_rows("long.jsonl", {}, long={1})
+    config = bench.runs.config("whole", HINTED.format(missing_view="drop"), rows="long.jsonl")
+    run = FinishedRun(bench, "whole", config)
+    assert run.train(ends_well=False) != 0
+    log = (run.logs / "trainer.log").read_text()
+    assert "group whole-1 cannot be trained (no_score): no rollout was scored: view 'hinted': " in log
+
+
 @dataclass(frozen=True)
 class FinishedRun:
     """One run of the bench's teachers, from nothing to its end."""
@@ -308,12 +342,15 @@ class FinishedRun:
     def file(self) -> Path:
         return self.bench.runs.root / f"{self.name}.toml"
 
-    def train(self) -> None:
+    def train(self, *, ends_well: bool = True) -> int:
         self.logs.mkdir()
-        self.bench.processes.sampler(self)  # type: ignore[arg-type]
+        sampler = self.bench.processes.sampler(self)  # type: ignore[arg-type]
         trainer = self.bench.processes.trainer(self)  # type: ignore[arg-type]
         trainer.join(90)
-        assert trainer.exitcode == 0, (self.logs / "trainer.log").read_text()[-3000:]
+        sampler.terminate()
+        assert trainer.exitcode is not None
+        assert (trainer.exitcode == 0) == ends_well, (self.logs / "trainer.log").read_text()[-3000:]
+        return trainer.exitcode
 
     def metrics(self) -> list[dict[str, Any]]:
         lines = (self.config.run.directory / "metrics.jsonl").read_text().splitlines()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,13 +103,15 @@ class ViewRuns:
     root: Path
     url: str
 
-    def write_rows(self, name: str, answers: Mapping[int, str], count: int = 12) -> None:
-        """Rows of two kinds in turn; `answers` by row, others cannot be met."""
+    def write_rows(
+        self, name: str, answers: Mapping[int, str], *, count: int = 12, long: Collection[int] = ()
+    ) -> None:
+        """Rows of two kinds in turn; `answers` by row, others cannot be met; `long` ones have no room."""
         rows = [
             {
                 "prompt": f"{i}?",
                 "answer": answers.get(i, "never"),
-                "solution": f"sol {i}",
+                "solution": "x" * 300 if i in long else f"sol {i}",
                 "kind": ("a", "p")[i % 2],
                 "trust": 0.5 + i,
             }

@@ -163,6 +163,11 @@ def test_routed_view_names_all_its_teachers() -> None:
         ),
         (
             view('weights = "ema"'),
+            {"sampling": 'sampler = "teacher:maths"\ncontext = { user = "{solution}" }'},
+            "sampling.context: is set with sampler = \"teacher:maths\", and the student samples nothing",
+        ),
+        (
+            view('weights = "ema"'),
             {"sampling": 'context = { user = "{solution}" }'},
             'objective.correction: got "none" with [sampling] context',
         ),
