@@ -355,6 +355,9 @@ def _judged(rollouts: list[TrainingRollout], answers: tuple[SequenceScore, ...])
     """The rollouts with their judgements for rewards; none where the judge said nothing that can be read."""
     if all(answer.error is not None for answer in answers):
         raise RefusedGroupError("no_score", f"no rollout was judged: {_first_error({JUDGE: answers})}")
+    silent = sum(answer.error is not None for answer in answers)
+    if silent:
+        log.warning("responses without a judgement", count=silent, why=_first_error({JUDGE: answers}))
     return [
         replace(rollout, reward=answer.judgement) for rollout, answer in zip(rollouts, answers, strict=True)
     ]

@@ -29,8 +29,8 @@ class JudgeSettings(BaseModel):
 
     tokenizer: str | None = Field(
         default=None,
-        description="directory or hub id of the tokenizer whose ids callers send, the student's; default: "
-        "the judge's own",
+        description="directory or hub id of the tokenizer whose ids callers send; default: the student's "
+        "in a run file, else the judge's own",
     )
     system: str | None = Field(
         default=None, description="system message, where the judge has a chat template"

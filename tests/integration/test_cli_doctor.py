@@ -135,6 +135,22 @@ def test_whether_vllm_is_installed_is_said_where_it_is_needed(
     assert "teacher big" in said
 
 
+def test_a_judge_is_looked_at_as_one(root: Path) -> None:
+    """Its tokenizer is not the student's, and it is not asked for log-probabilities."""
+    judge = f'model = "{root}/stranger"\n[teachers.big.judge]\nlargest = 5\n'
+    path = root / "judged.toml"
+    text = RUN_FILE.format(
+        root=root, queue="embedded", teacher=judge, data='task = "addition"', max_new_tokens=8, k=4
+    )
+    head, _, tail = text.partition("[objective]")
+    head = head.replace("max_new_tokens = 8", "max_new_tokens = 8\nsamples_per_prompt = 2")
+    objective = "[objective]\npreset = 'grpo'\njudge = 'big'\n"
+    path.write_text(f"{head}{objective}[training]{tail.partition('[training]')[2]}")
+    result = CliRunner().invoke(app, ["doctor", str(path)], env={"COLUMNS": "400"})
+    assert result.exit_code == 0, result.output
+    assert any("the reward is what big judges" in line for line in lines(result, "ok")), result.output
+
+
 def test_adapters_are_read_and_share_one_engine(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launcher.doctor_checks.find_spec", lambda name: object())  # as if vLLM were here
     save_adapter(root / "math", MATH)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -15,6 +17,7 @@ from typer.testing import CliRunner
 
 from launcher.cli import app
 from launcher.up import child_specs
+from services.models.judge_settings import JudgeSettings
 from services.models.vllm_settings import VllmSettings
 from services.teacher.settings import TeacherSettings
 from student_trainer.config import QueueSettings, parse_run_config
@@ -186,6 +189,32 @@ def test_teachers_that_differ_in_their_adapter_alone_share_the_processes_that_up
         ("half", {"half"}),
         ("merged", {"merged"}),
     ]
+
+
+def test_a_judge_that_up_starts_reads_the_student_s_ids(
+    started: list[TeacherSettings], tmp_path: Path
+) -> None:
+    judge = {"user": "Q: {prompt}\nA = {response}", "reply": "[{score}]", "largest": 5}
+    teachers = {
+        "referee": {"model": "big", "judge": judge},
+        "other": {"model": "big", "engine": "vllm", "judge": {"tokenizer": "elsewhere"}},
+    }
+    config = parse_run_config(tomllib.loads(RUN_FILE) | {"teachers": teachers})
+    for spec in child_specs(config, tmp_path / "run.toml", "redis://queue")[:2]:
+        ran = tutelage(*spec.arguments)
+        assert ran.exit_code == 0, ran.output
+    assert started[0].judge == JudgeSettings(tokenizer="student", **judge)
+    assert started[1].judge == JudgeSettings(tokenizer="elsewhere")
+
+
+@pytest.mark.parametrize("document", ["vllm.md", "other-teachers.md"])
+def test_every_teacher_command_of_a_guide_starts_one(started: list[TeacherSettings], document: str) -> None:
+    text = (Path(__file__).parents[2] / "docs" / document).read_text()
+    commands = re.findall(r"^tutelage (teacher .*)$", text, re.MULTILINE)
+    for command in commands:
+        ran = tutelage(*shlex.split(command))
+        assert ran.exit_code == 0, ran.output
+    assert len(started) == len(commands) > 0
 
 
 def test_several_processes_that_torchrun_did_not_start_are_refused(
