@@ -14,7 +14,7 @@ from benchmarks.learning.skills import ADDITION, MAX_NEW_TOKENS, data_file
 
 CONTENT_VERSION = 1  # raise it when arms are run in another way that their settings do not show
 RESPONSES = 128  # of one step, in every arm
-STEPS = 80
+STEPS = 60
 WARMUP = 5
 
 Who = Literal["student", "answers"]

@@ -122,6 +122,7 @@ class Crew:
                 "--sizes", json.dumps(asdict(self.sizes)), "--source", self.source,
             ],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            start_new_session=True,  # where sessions share the processors, each arm counts as one
             env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
                  PARENT_VARIABLE: str(os.getpid())},
         )  # fmt: skip

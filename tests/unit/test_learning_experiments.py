@@ -66,7 +66,7 @@ def test_every_arm_is_a_run_file(experiment: str, arm: str, directory: Path) -> 
         ("e-feedback", "success, else the solution"),
         ("f-two-experts", "routed by skill"),
         ("g-cached", "cached, start taught by the teacher"),
-        ("h-token-budgets", "50% by entropy"),
+        ("h-token-budgets", "10% by entropy"),
         ("i-reward-mixing", "inverse ratio, no gate"),
     ],
 )
