@@ -13,7 +13,7 @@ from tutelage_client.types import Int32Array
 from student_trainer.config import RunConfig
 from student_trainer.objective.plan import Plan
 from student_trainer.objective.settings import ContextTemplate
-from student_trainer.sampler.contexts import Context, Sampled, without_thinking
+from student_trainer.sampler.contexts import AUXILIARY, Context, Sampled, without_thinking
 from student_trainer.sampler.examples import Examples, load_examples
 from student_trainer.sampler.prompts import EncodedPrompt
 
@@ -92,7 +92,8 @@ def preview(config: RunConfig, tokenizer: Any, number: int, texts: Sequence[str]
     """
     # A view that would refuse is shown with the student's prompt, and what it lacks.
     plan = config.plan()
-    lenient = replace(plan, missing=dict.fromkeys(plan.missing, "same"), auxiliary=None)
+    auxiliary = None if plan.auxiliary is None else plan.auxiliary.model_copy(update={"missing": "same"})
+    lenient = replace(plan, missing=dict.fromkeys(plan.missing, "same"), auxiliary=auxiliary)
     examples = load_examples(config, lenient, tokenizer)
     example = examples.prompts.example(number)
     (prompt,) = examples.encoder.encode([example])
@@ -118,7 +119,8 @@ def preview(config: RunConfig, tokenizer: Any, number: int, texts: Sequence[str]
         views=tuple(
             _view(_Run(config, plan, examples), sampled, view, contexts.get(view, (Context(prompt),)), prompt)
             for view in plan.view_requests
-        ),
+        )
+        + _auxiliary(plan, contexts, prompt),
         trained=(skip, keep),
     )
 
@@ -145,7 +147,6 @@ def _view(
         "entropy": signal.entropy,
     }
     factor = examples.labels.weights(sampled.index, sampled.example).get(view, 1.0)
-    shared = len({context.prompt.ids.tobytes() for context in contexts}) == 1
     return ViewPreview(
         name=view,
         teacher=teacher,
@@ -153,15 +154,41 @@ def _view(
         coefficient=plan.views[view] * factor,
         signal=", ".join(name for name, wanted in asked.items() if wanted),
         templates=plan.contexts.get(view, ()),
-        seen=tuple(
-            Seen(
-                None if shared else place,
-                context,
-                privileged_tokens(own.ids, context.prompt.ids),
-                refused=plan.missing.get(view) == "error" and context.template is None,
-            )
-            for place, context in enumerate(contexts[:1] if shared else contexts)
+        seen=_seen(contexts, own, strict=plan.missing.get(view) == "error"),
+    )
+
+
+def _auxiliary(
+    plan: Plan, contexts: Mapping[str, Sequence[Context]], own: EncodedPrompt
+) -> tuple[ViewPreview, ...]:
+    """The context of the auxiliary loss, which no teacher sees."""
+    if plan.auxiliary is None:
+        return ()
+    settings = plan.auxiliary
+    return (
+        ViewPreview(
+            name=AUXILIARY,
+            teacher="the trainer itself",
+            weights="the student as it is trained",
+            coefficient=settings.coefficient,
+            signal="the whole vocabulary",
+            templates=settings.templates,
+            seen=_seen(contexts[AUXILIARY], own, strict=settings.missing == "error"),
         ),
+    )
+
+
+def _seen(contexts: Sequence[Context], own: EncodedPrompt, *, strict: bool) -> tuple[Seen, ...]:
+    """One for all responses where their contexts are the same."""
+    shared = len({context.prompt.ids.tobytes() for context in contexts}) == 1
+    return tuple(
+        Seen(
+            None if shared else place,
+            context,
+            privileged_tokens(own.ids, context.prompt.ids),
+            refused=strict and context.template is None,
+        )
+        for place, context in enumerate(contexts[:1] if shared else contexts)
     )
 
 

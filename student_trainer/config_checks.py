@@ -74,6 +74,8 @@ def _check_context_fields(config: RunConfig, plan: Plan) -> None:
     ]
     never = {field: reason for field, there, reason in needs if not there}
     found = {f"objective.views.{view}.context": templates for view, templates in plan.contexts.items()}
+    if plan.auxiliary is not None:
+        found["objective.auxiliary.context"] = plan.auxiliary.templates
     if config.sampling.context is not None:
         found["sampling.context"] = (config.sampling.context,)
     for where, templates in found.items():

@@ -21,6 +21,7 @@ HEAVY_TAILED = (
     "chi_square_student_teacher",
     "chi_square_teacher_student",
 )
+SELDOM = frozenset({"success", "feedback"})  # fields that some responses of most groups lack
 ENTROPY_GATES = ("teacher_entropy_above", "teacher_entropy_below")
 TEACHER_GATES = (*ENTROPY_GATES, "evidence_above")
 REWARD_GATES = ("reward_above", "reward_below")
@@ -337,7 +338,12 @@ def objective_warnings(
     """What a user should know before starting."""
     if not needs_teacher:
         return ()
-    warnings = []
+    warnings = [
+        f'objective.views.{name}.missing = "error" ends the run at the first response without '
+        '{success} or {feedback}; another template, or "same", lets it go on'
+        for name, view in row.views.items()
+        if view.missing == "error" and view.templates and all(t.fields & SELDOM for t in view.templates)
+    ]
     if row.support in TRUNCATED and row.tail == "raw" and divergence in SLOPED:
         warnings.append(
             'objective.tail = "raw" truncates the sum without correction: its gradient is not zero where '

@@ -190,3 +190,12 @@ def test_guide_shows_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "template 1 of 2 lacks {success}" in outputs[0]
     assert re.search(r"scored by self\.ema\s+the student's moving average", outputs[1])
     assert "before response 1: template 2 of 2" in outputs[1] or "before all 2 responses" in outputs[1]
+
+
+def test_context_of_the_auxiliary_loss_is_shown_beside_the_views(tmp_path: Path) -> None:
+    run_file = write_run_file(tmp_path, "same")
+    auxiliary = '[objective.auxiliary]\nkind = "consistency"\ncontext = { system = "{solution}" }\n'
+    run_file.write_text(run_file.read_text().replace("[training]", f"{auxiliary}\n[training]"))
+    text = shown(views(run_file, "--response", "4")).split("view objective.auxiliary")[1]
+    assert "scored by the trainer itself" in text
+    assert "<|im_start|>⟦system\ntwo and two<|im_end|>\n<|im_start|>⟧user\n2+2?" in text

@@ -215,3 +215,20 @@ def test_run_that_reads_other_fields_is_another_run(tmp_path: Path) -> None:
     assert base != fixed('weights = "ema"\ncontext = { user = "{b}" }')
     assert base != fixed('weights = "ema"\ncontext = { user = "{a}" }\nmissing = "same"')
     assert base != fixed('weights = "ema"\ncontext = { user = "{a}" }\nweight_field = "w"')
+
+
+@pytest.mark.parametrize(
+    ("line", "warned"),
+    [
+        ('context = { user = "{success}" }', True),
+        ('context = [{ user = "{feedback}" }, { user = "{prompt} {success}" }]', True),
+        ('context = { user = "{success}" }\nmissing = "same"', False),
+        ('context = [{ user = "{success}" }, { user = "{solution}" }]', False),
+    ],
+)
+def test_field_that_is_seldom_there_and_may_not_lack_warns(line: str, warned: bool) -> None:
+    warnings = parse(f"{EMA}\n{line}").plan().warnings
+    assert (
+        any("ends the run at the first response without {success} or {feedback}" in w for w in warnings)
+        == warned
+    )
