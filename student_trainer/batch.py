@@ -175,7 +175,8 @@ def _mask(part: Sequence[Member], plan: Plan) -> Tensor:
         for member in part
     ]
     lengths = torch.tensor([member.rollout.length for member in part])
-    mask = torch.from_numpy(np.concatenate(scored)) & token_mask(plan.tokens, lengths)
+    sampled = torch.from_numpy(np.concatenate([member.rollout.response_ids for member in part]))
+    mask = torch.from_numpy(np.concatenate(scored)) & token_mask(plan.tokens, lengths, sampled)
     return mask & _marked(part, lengths) if plan.tokens.marked_only else mask
 
 

@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 from student_trainer.objective.plan import Plan
-from student_trainer.objective.settings import ObjectiveError
+from student_trainer.objective.settings import SIBLINGS, ObjectiveError
 
 if TYPE_CHECKING:
     from student_trainer.config import RunConfig
@@ -66,10 +66,13 @@ def _check_objective(config: RunConfig) -> Plan:
 def _check_context_fields(config: RunConfig, plan: Plan) -> None:
     """Whether one template of every context can be filled at all in this run."""
     answers = config.data.task is not None or config.data.answer_field is not None
-    siblings = config.sampling.samples_per_prompt > 1
+    siblings, told = config.sampling.samples_per_prompt > 1, sorted(SIBLINGS)
     needs = [
-        ("success", answers, "answers to check: [data] answer_field or a built-in [data] task"),
-        ("success", siblings, "siblings: [sampling] samples_per_prompt above 1"),
+        *(
+            (name, answers, "answers to check: [data] answer_field or a built-in [data] task")
+            for name in told
+        ),
+        *((name, siblings, "siblings: [sampling] samples_per_prompt above 1") for name in told),
         ("other_prompt", config.training.prompts_per_step > 1, "[training] prompts_per_step above 1"),
     ]
     never = {field: reason for field, there, reason in needs if not there}

@@ -233,6 +233,9 @@ def check_views(
     _check_view_clips(row)
     _check_contexts(row)
     _check_coefficients(row, views)
+    if row.ratio == "first_over_second":
+        _check_two_views(row, views)
+        return
     if list(views.values()) == [1.0] and not any(view.weight_field for view in row.views.values()):
         return
     got = ", ".join(f"{view}: {coefficient}" for view, coefficient in views.items())
@@ -288,6 +291,15 @@ def _check_coefficients(row: ObjectiveSettings, views: Mapping[str, float]) -> N
         raise ObjectiveError(
             'objective.missing_view: got "renormalise" with target = "log_linear" and a clip or a '
             'coefficient that is not above 0, where what is left is another target; allowed: "drop"'
+        )
+
+
+def _check_two_views(row: ObjectiveSettings, views: Mapping[str, float]) -> None:
+    if list(views.values()) != [1.0, 1.0] or row.target is not None:
+        got = ", ".join(f"{view}: {coefficient}" for view, coefficient in views.items())
+        raise ObjectiveError(
+            f'objective.ratio: got "first_over_second" with views {{{got}}}; allowed: two views, each with '
+            "coefficient 1, and no target"
         )
 
 

@@ -53,7 +53,8 @@ def mixed_advantage(
     Args:
         distill: the teacher's advantage, None when the score function carries no distillation.
         reward: the reward's advantage, None when the plan needs none.
-        log_ratio: log q(y) − log μ(y), used by mix = "multiply" only; None: the teacher has no say.
+        log_ratio: log q(y) − log μ(y), or between two views, used by mix = "multiply" only; None: the
+            teacher has no say.
         certainty: see `entropy_certainty`, likewise.
     """
     distilled = None if distill is None else plan.distill_coefficient * distill
@@ -75,9 +76,10 @@ def _teacher_factor(plan: Plan, reward: Tensor, log_ratio: Tensor) -> Tensor:
     """(1 − c) + c · clip(w, 1 ± ratio_clip), c the distill_coefficient.
 
     w = (q/μ)^sign A raises what the teacher likes in good responses and spares it in bad ones (RLSD);
-    its inverse raises what the student found without the teacher (RLRT). Behind the gate the factor is 1.
+    its inverse raises what the student found without the teacher (RLRT); of two views, w = (q₁/q₂)^sign A
+    raises what only the first likes (CEPO). Behind the gate the factor is 1.
     """
-    towards = 1.0 if plan.ratio == "teacher_over_student" else -1.0
+    towards = -1.0 if plan.ratio == "student_over_teacher" else 1.0
     powered = torch.exp((towards * torch.sign(reward) * log_ratio).clamp(max=MAX_LOG_RATIO))
     clipped = powered.clamp(1 - plan.ratio_clip, 1 + plan.ratio_clip)
     factor = 1 - plan.distill_coefficient + plan.distill_coefficient * clipped

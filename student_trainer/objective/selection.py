@@ -205,7 +205,7 @@ def _advantage(
     row = divergence_row(plan)
     for factor, target in sampled_targets(plan, batch, answers):
         known = batch.mask & distilled & torch.isfinite(target) & known_own
-        log_u = torch.where(known, target - own, 0)
+        log_u = torch.where(known, _between(plan, batch, target - own), 0)
         if plan.mix == "multiply":
             plain = mixed_advantage(plan, None, reward, None)
             told = mixed_advantage(plan, None, reward, log_u, _certainty(batch, plan, vocabulary))
@@ -221,6 +221,16 @@ def _advantage(
         assert batch.sequence_lengths is not None
         distill = distill * prefix_weight(plan.weights.prefix, distill, batch.sequence_lengths)
     return mixed_advantage(plan, distill, reward, None)
+
+
+def _between(plan: Plan, batch: TokenBatch, log_u: Tensor) -> Tensor:
+    """log u as the plan's ratio has it: as it is, or with the second view in the student's place, f64 [T]."""
+    if plan.mix != "multiply" or plan.ratio != "first_over_second":
+        return log_u
+    first, second = (batch.views[name].sampled for name in plan.views)
+    assert first is not None
+    assert second is not None
+    return first.double() - second.double()
 
 
 def _teacher_entropy(batch: TokenBatch, index: Tensor) -> Tensor | None:

@@ -37,7 +37,7 @@ Tail: TypeAlias = Literal[
 Estimator: TypeAlias = Literal["pathwise", "score_function"]
 Target: TypeAlias = Literal["log_linear", "mixture", "losses"]
 ScoreWeight: TypeAlias = Literal["exact", "stopped"]
-Ratio: TypeAlias = Literal["teacher_over_student", "student_over_teacher"]
+Ratio: TypeAlias = Literal["teacher_over_student", "student_over_teacher", "first_over_second"]
 RatioGate: TypeAlias = Literal["none", "rewarded"]
 Mix: TypeAlias = Literal["replace", "add", "multiply", "route"]
 Normalisation: TypeAlias = Literal["token_mean", "sequence_mean"]
@@ -47,7 +47,8 @@ LogRatio: TypeAlias = Literal["behaviour", "student"]
 MissingContext: TypeAlias = Literal["error", "same"]
 MissingView: TypeAlias = Literal["drop", "renormalise"]
 
-ROLLOUT_FIELDS = frozenset({"success", "feedback", "response"})  # known once the group is sampled
+SIBLINGS = frozenset({"success", "failure"})  # another response of the group
+ROLLOUT_FIELDS = frozenset({"feedback", "response"}) | SIBLINGS  # known once the group is sampled
 GROUP_FIELDS = frozenset({"prompt", "answer", "other_prompt"})
 
 
@@ -62,10 +63,10 @@ class _Settings(BaseModel):
 class ContextTemplate(_Settings):
     """A privileged context: what stands where the student saw its prompt; fields in braces.
 
-    Fields are {prompt}, {answer}, any field of the example, {success} (a sibling's successful response
-    without its thinking, never the response itself), {feedback} (what the checker says about this very
-    response), {response} (this very response) and {other_prompt} (another prompt of the same step).
-    Write {{ and }} for braces.
+    Fields are {prompt}, {answer}, any field of the example, {success} and {failure} (a sibling's successful
+    or failed response without its thinking, never the response itself), {feedback} (what the checker says
+    about this very response), {response} (this very response) and {other_prompt} (another prompt of the
+    same step). Write {{ and }} for braces.
     """
 
     user: str | None = Field(
@@ -221,6 +222,9 @@ class TokenSettings(_Settings):
 
     skip_first_n: NonNegativeInt = Field(0, description="leave out the first n response positions")
     keep_first_n: PositiveInt | None = Field(None, description="train on the first n positions only")
+    skip_ids: tuple[NonNegativeInt, ...] = Field(
+        (), description="leave out positions whose token has one of these ids, as the report's rock tokens do"
+    )
     teacher_entropy_above: FiniteFloat | None = Field(None, description="nats; asks for `entropy`")
     teacher_entropy_below: FiniteFloat | None = Field(None, description="nats; asks for `entropy`")
     marked_only: bool = Field(
@@ -427,8 +431,8 @@ class ObjectiveSettings(_Settings):
     )
     ratio: Ratio | None = Field(
         None,
-        description="mix = multiply: the factor is (q/p)^sign A (teacher_over_student, the default) or its "
-        "inverse",
+        description="mix = multiply: the factor is (q/p)^sign A (teacher_over_student, the default), its "
+        "inverse, or (q₁/q₂)^sign A of two views, the student left out",
     )
     ratio_gate: RatioGate | None = Field(
         None, description="mix = multiply: the ratio acts everywhere (none) or only where A > 0 (rewarded)"

@@ -23,12 +23,15 @@ def position_in_sequence(sequence_lengths: Tensor) -> Tensor:
     return torch.arange(total, device=device) - torch.repeat_interleave(starts, sequence_lengths)
 
 
-def token_mask(tokens: TokenSettings, sequence_lengths: Tensor) -> Tensor:
-    """bool [T]: the positions that the settings select by place. Entropy gates act in the loss."""
+def token_mask(tokens: TokenSettings, sequence_lengths: Tensor, sampled_ids: Tensor) -> Tensor:
+    """bool [T]: the positions that the settings select by place and token. Other gates act in the loss."""
     place = position_in_sequence(sequence_lengths)
     selected = place >= tokens.skip_first_n
     if tokens.keep_first_n is not None:
         selected &= place < tokens.keep_first_n
+    if tokens.skip_ids:
+        skipped = torch.tensor(tokens.skip_ids, dtype=sampled_ids.dtype, device=sampled_ids.device)
+        selected &= ~torch.isin(sampled_ids, skipped)
     return selected
 
 

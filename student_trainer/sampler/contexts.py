@@ -18,7 +18,7 @@ from tutelage_client.errors import TutelageError, invalid
 from tutelage_client.types import PAD_ID, Int32Array
 
 from student_trainer.objective.plan import Plan
-from student_trainer.objective.settings import GROUP_FIELDS, ROLLOUT_FIELDS, ContextTemplate
+from student_trainer.objective.settings import GROUP_FIELDS, ROLLOUT_FIELDS, SIBLINGS, ContextTemplate
 from student_trainer.sampler.data import PromptSource
 from student_trainer.sampler.prompts import EncodedPrompt, PromptEncoder, question
 from student_trainer.sampler.uniforms import uniforms
@@ -103,7 +103,7 @@ class ContextBuilder:
     @property
     def reads_answers(self) -> bool:
         """Whether a template asks for what a sibling answered."""
-        return any("success" in template.fields for found in self._shown.values() for template in found)
+        return any(template.fields & SIBLINGS for found in self._shown.values() for template in found)
 
     def contexts(
         self, groups: Sequence[Sampled], own: Sequence[EncodedPrompt]
@@ -188,24 +188,24 @@ class ContextBuilder:
         return example.answer if name == "answer" else _text(example.fields.get(name))
 
     def _rollout_value(self, name: str, group: Sampled, place: int) -> str | None:
-        if name == "success":
-            return self._success(group, place)
+        if name in SIBLINGS:
+            return self._sibling(group, place, succeeded=name == "success")
         if name == "response":
             return group.texts[place]
         said = _text(group.example.fields.get(name))
         return self._prompts.feedback(group.example, group.texts[place]) if said is None else said
 
-    def _success(self, group: Sampled, place: int) -> str | None:
-        """A sibling's successful response without its thinking, never that of `place` itself."""
-        successes = [
+    def _sibling(self, group: Sampled, place: int, *, succeeded: bool) -> str | None:
+        """A sibling's successful or failed response without its thinking, never that of `place` itself."""
+        found = [
             answer
             for sibling, (answer, reward) in enumerate(zip(group.answers, group.rewards, strict=True))
-            if sibling != place and answer and reward is not None and reward >= 1.0
+            if sibling != place and answer and reward is not None and (reward >= 1.0) == succeeded
         ]
-        if not successes:
+        if not found:
             return None
         draw = float(uniforms(self._seed, group.index, _SIBLING - place, 1)[0])
-        return successes[int(draw * len(successes))]
+        return found[int(draw * len(found))]
 
     def _other_prompt(self, index: int) -> str | None:
         """The prompt of another example of the same step; None where the step has but one example."""

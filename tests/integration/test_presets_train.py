@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from support import preset_formulas, reward_formulas, self_distillation_formulas
-from support.preset_problem import Formula, Problem
+from support.preset_problem import Formula, Problem, required
 from support.preset_run import PROMPTS, STEPS, Course, Stage
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -22,7 +22,6 @@ from student_trainer.objective import presets
 FORMULAS = preset_formulas.FORMULAS | self_distillation_formulas.FORMULAS | reward_formulas.FORMULAS
 OVERRIDES: dict[str, dict[str, Any]] = {
     "antisd": {"gate": {"warmup_steps": 1}},
-    "rock-tokens": {"tokens": {"skip_ids": [4, 5]}},
 }
 SECTIONS: dict[str, dict[str, Any]] = {
     "edge-opd": {"sampling": {"context": {"user": "Keep this in mind:\n{context}\n\n{prompt}"}}},
@@ -37,7 +36,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
 
 @pytest.mark.parametrize("name", presets.names())
 def test_preset_trains_on_its_formula(stage: Stage, name: str) -> None:
-    course = stage.run(stage.config(name, OVERRIDES.get(name, {}), **SECTIONS.get(name, {})))
+    course = stage.run(stage.config(name, required(name) | OVERRIDES.get(name, {}), **SECTIONS.get(name, {})))
     records = course.metrics()
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
     assert [len(groups) for groups, _ in course.steps] == [PROMPTS] * STEPS
@@ -91,6 +90,7 @@ def first_step(stage: Stage, course: Course) -> tuple[Problem, Tensor]:
         marked=column["marked"],
         factors=tuple(column[f"factor:{view}"] for view in course.plan.weight_fields),
         k=course.plan.k,
+        under=column.get("under"),
     )
     return problem, log_p
 
@@ -119,6 +119,8 @@ def rollout_rows(
             contexts = by_view[view].contexts
             context = ids(contexts[place if len(contexts) > 1 else 0].ids)
             row[f"view:{view}"] = forward(stage, model_of(course, view), context, response).detach()
+        if plan.auxiliary is not None:
+            row["under"] = forward(stage, "student", ids(rollout.auxiliary_context_ids), response)
         for view in plan.weight_fields:
             row[f"factor:{view}"] = torch.tensor(group.view_weights[view]).expand(size)
         rows.append(row)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from support.preset_problem import Formula, Problem
+from support.preset_problem import SKIPPED, Formula, Problem
 
 
 def kl(p: Tensor, q: Tensor) -> Tensor:
@@ -92,6 +92,12 @@ def gkd(x: Problem, log_p: Tensor) -> Tensor:
     return jsd(with_rest(log_p, ids), with_rest(x.first, ids)).mean()
 
 
+def rock_tokens(x: Problem, log_p: Tensor) -> Tensor:
+    kept = ~torch.isin(x.sampled, torch.tensor(SKIPPED))
+    learns = 1 + x.of(log_p) - x.of(x.student)
+    return -(moved(x, x.behaviour) * evidence(x) * learns)[kept].mean()
+
+
 def typhoon_s(x: Problem, log_p: Tensor) -> Tensor:
     ids = x.top(x.first)
     return kl(with_rest(x.first, ids), with_rest(log_p, ids)).mean()
@@ -135,6 +141,7 @@ def mad_opd(x: Problem, log_p: Tensor) -> Tensor:
 
 FORMULAS: dict[str, Formula] = {
     "thinking-machines": importance(evidence),
+    "rock-tokens": rock_tokens,
     "qwen3-strong-to-weak": lambda x, log_p: reverse(x, log_p).mean(),
     "gkd": gkd,
     "typhoon-s": typhoon_s,

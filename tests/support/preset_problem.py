@@ -6,7 +6,7 @@ Two responses, three views, float64; the hidden rows are the logits and the head
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -14,13 +14,15 @@ from torch import Tensor
 
 from student_trainer.objective import presets
 from student_trainer.objective.compile import Plan, compile_plan
-from student_trainer.objective.loss import TokenBatch, ViewTensors, objective_loss
+from student_trainer.objective.consistency import consistency_loss
+from student_trainer.objective.loss import Head, TokenBatch, ViewTensors, objective_loss
 from student_trainer.objective.settings import ObjectiveSettings
 from student_trainer.objective.weights import position_weights, token_mask
 from support.tabular import V, random_logits
 
 K = 4
-REQUIRED: dict[str, dict[str, Any]] = {"tokens.skip_ids": {"tokens": {"skip_ids": [3, 5]}}}
+SKIPPED = [3, 5]  # ids
+REQUIRED: dict[str, dict[str, Any]] = {"tokens.skip_ids": {"tokens": {"skip_ids": SKIPPED}}}
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Problem:
     marked: Tensor  # bool [T]
     factors: tuple[Tensor, ...] = ()  # [T], of views that examples weigh
     k: int = K
+    under: Tensor | None = None  # [T, V], the student under an auxiliary context; differentiable, too
 
     def of(self, log_x: Tensor) -> Tensor:
         """[T], at the sampled token."""
@@ -64,6 +67,7 @@ Formula: TypeAlias = Callable[[Problem, Tensor], Tensor]  # log p [T, V], differ
 LENGTHS = torch.tensor([12, 18])
 T = int(LENGTHS.sum())
 LOGITS = random_logits(T, 1)
+UNDER = random_logits(T, 8)  # of the student under an auxiliary context
 
 
 def random_problem() -> Problem:
@@ -103,7 +107,7 @@ def plan_of(name: str, **overrides: Any) -> Plan:
 
 def make_batch(plan: Plan, x: Problem) -> TokenBatch:
     """What a trainer would collect for this plan."""
-    mask = token_mask(plan.tokens, x.lengths)
+    mask = token_mask(plan.tokens, x.lengths, x.sampled)
     mask = mask & x.marked if plan.tokens.marked_only else mask
     sequences = sum(bool(part.any()) for part in mask.split(x.lengths.tolist()))
     views = {}
@@ -130,25 +134,29 @@ def make_batch(plan: Plan, x: Problem) -> TokenBatch:
 
 
 def trained(plan: Plan) -> tuple[Tensor, Tensor]:
-    """The trainer's loss of the tabular problem, and its gradient by the logits."""
-    leaf = LOGITS.clone().requires_grad_()
-    out = objective_loss(
-        leaf,
-        torch.eye(V, dtype=torch.float64),
-        None,
-        make_batch(plan, random_problem()),
-        plan,
-        distill_open=None if plan.gate is None else True,
-    )
-    out.loss.backward()
-    assert leaf.grad is not None
-    return out.loss.detach(), leaf.grad
+    """The trainer's loss of the tabular problem, and its gradient by the logits, [2T, V].
+
+    The second half are those under an auxiliary context.
+    """
+    leaf, under = LOGITS.clone().requires_grad_(), UNDER.clone().requires_grad_()
+    head, batch = Head(torch.eye(V, dtype=torch.float64)), make_batch(plan, random_problem())
+    gate = None if plan.gate is None else True
+    loss = objective_loss(leaf, head.weight, None, batch, plan, distill_open=gate).loss
+    if plan.auxiliary is not None:
+        everywhere = replace(batch, auxiliary_index=torch.arange(T))
+        loss = loss + consistency_loss(leaf, under, head, everywhere, plan).loss
+    loss.backward()
+    return loss.detach(), _slopes(leaf, under)
 
 
 def written_out(formula: Formula) -> tuple[Tensor, Tensor]:
     """The formula's, by autograd."""
-    leaf = LOGITS.clone().requires_grad_()
-    loss = formula(random_problem(), leaf.log_softmax(-1))
+    leaf, under = LOGITS.clone().requires_grad_(), UNDER.clone().requires_grad_()
+    loss = formula(replace(random_problem(), under=under.log_softmax(-1)), leaf.log_softmax(-1))
     loss.backward()
+    return loss.detach(), _slopes(leaf, under)
+
+
+def _slopes(leaf: Tensor, under: Tensor) -> Tensor:
     assert leaf.grad is not None
-    return loss.detach(), leaf.grad
+    return torch.cat([leaf.grad, torch.zeros_like(leaf) if under.grad is None else under.grad])

@@ -31,6 +31,11 @@ def rlrt(x: Problem) -> Tensor:
     return torch.where(x.advantage > 0, x.advantage * (0.5 + 0.5 * away), x.advantage)
 
 
+def cepo(x: Problem) -> Tensor:
+    apart = (x.of(x.first) - x.of(x.second)) * x.advantage.sign()
+    return x.advantage * (0.5 + 0.5 * apart.exp().clamp(0.8, 1.2))
+
+
 def entropy(x: Problem) -> Tensor:
     return -(x.first.exp() * x.first).sum(-1)
 
@@ -73,6 +78,7 @@ def edge_opd(x: Problem, log_p: Tensor) -> Tensor:
 FORMULAS: dict[str, Formula] = {
     "rlsd": surrogate(rlsd, high=0.28),
     "rlrt": surrogate(rlrt),
+    "cepo": surrogate(cepo, high=0.28),
     "egrsd": surrogate(egrsd(entropy)),
     "cl-egrsd": surrogate(egrsd(lambda x: least_ahead(x, 4))),
     "antisd": surrogate(antisd),

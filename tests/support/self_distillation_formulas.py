@@ -97,6 +97,22 @@ def anchored(x: Problem) -> Tensor:
     return x.first + (x.second - x.first).clamp(-1, 1)
 
 
+def distil(x: Problem, log_p: Tensor) -> Tensor:
+    """Cross-entropy, less the view's own entropy; the next token's is charged to this one."""
+    q = among(x.first, x.top(x.first))
+    value = (q * (q.log() - log_p.gather(1, x.top(x.first)))).sum(-1)
+    trained = torch.where(x.marked, value.detach(), 0)
+    last = after(x, 1).roll(-1)  # whether another token of the response follows
+    following = torch.where(last, trained.roll(-1), 0)
+    return (value + following * x.of(log_p))[x.marked].mean()
+
+
+def consistency(x: Problem, log_p: Tensor) -> Tensor:
+    """What the context teaches goes in; what is said under it stays what is said without."""
+    assert x.under is not None
+    return reverse(x, log_p).mean() + kl(x.student.exp(), x.under.exp()).mean()
+
+
 def msd(x: Problem, log_p: Tensor) -> Tensor:
     q = among(x.first, x.top(x.student))
     weight = -(q * q.log()).sum(-1) * (1 - x.of(x.student).exp())
@@ -119,5 +135,7 @@ FORMULAS: dict[str, Formula] = {
     "purified-opsd": towards(lambda x: x.first + x.second - x.views[2]),
     "ar-opd": towards(anchored),
     "msd": msd,
+    "distil": distil,
+    "consistency": consistency,
     "vpd": lambda x, log_p: reverse(x, log_p)[x.marked].mean(),
 }

@@ -230,11 +230,11 @@ def test_union_keeps_every_id_once_with_its_score() -> None:
 
 def test_token_mask_counts_positions_within_each_sequence() -> None:
     lengths = torch.tensor([4, 1, 3])
-    assert token_mask(TokenSettings(skip_first_n=1, keep_first_n=3), lengths).int().tolist() == [
-        *(0, 1, 1, 0),
-        0,
-        *(0, 1, 1),
-    ]
+    sampled = torch.tensor([5, 6, 7, 8, 5, 6, 7, 8])
+    tokens = TokenSettings(skip_first_n=1, keep_first_n=3)
+    assert token_mask(tokens, lengths, sampled).int().tolist() == [0, 1, 1, 0, 0, 0, 1, 1]
+    tokens = TokenSettings(skip_first_n=1, skip_ids=(7, 5))
+    assert token_mask(tokens, lengths, sampled).int().tolist() == [0, 1, 0, 1, 0, 0, 0, 1]
 
 
 def test_entropy_gate_selects_positions() -> None:

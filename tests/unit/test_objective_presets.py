@@ -12,7 +12,7 @@ from tutelage_client.types import Signal
 
 from student_trainer.objective import presets
 from student_trainer.objective.compile import Plan, compile_plan
-from student_trainer.objective.settings import ObjectiveSettings
+from student_trainer.objective.settings import ObjectiveError, ObjectiveSettings
 
 FORMULAS = preset_formulas.FORMULAS | self_distillation_formulas.FORMULAS | reward_formulas.FORMULAS
 
@@ -69,6 +69,13 @@ ASKED = {
     },
     "msd": {"english": "run.initial, told english: candidates 64"},
     "vpd": {"feedback": "run.live, told feedback or success: candidates 64"},
+    "distil": {"feedback": "run.live, told feedback or success: top_k 64"},
+    "rock-tokens": {"teacher": "teacher: sampled"},
+    "consistency": {"context": "run.initial, told context: candidates 64"},
+    "cepo": {
+        "right": "run.live, told answer: sampled",
+        "wrong": "run.live, told failure: sampled",
+    },
     "rlsd": {"answer": "run.live, told answer: sampled"},
     "rlrt": {"informed": "run.live, told success: sampled"},
     "egrsd": {"answer": "run.live, told answer: sampled, entropy"},
@@ -136,6 +143,12 @@ def test_a_table_is_laid_over_key_by_key_but_a_correction_is_one_choice() -> Non
     assert (row.tokens.top_fraction, row.tokens.skip_first_n) == (0.05, 2)
     row = settings(preset="g-opd", correction={"kind": "importance"})
     assert row.correction.model_dump() == {"kind": "importance", "cap": None}
+
+
+def test_a_preset_is_refused_without_what_only_its_user_knows() -> None:
+    with pytest.raises(ObjectiveError, match=r"objective\.tokens\.skip_ids: missing; preset 'rock-tokens'"):
+        settings(preset="rock-tokens", tokens={"skip_first_n": 1})
+    assert settings(preset="rock-tokens", tokens={"skip_ids": [7]}).tokens.skip_ids == (7,)
 
 
 def test_unknown_key_inside_a_presets_view_is_refused() -> None:

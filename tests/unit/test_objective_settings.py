@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from support.preset_problem import required
 from tutelage_client.types import Limits, Signal
 
 from student_trainer.objective import presets
@@ -37,7 +38,8 @@ def test_every_preset_compiles_and_says_where_it_comes_from(name: str) -> None:
     assert preset.name == name
     assert len(preset.source) > 20
     named = [view["weights"].partition(":")[2] for view in preset.objective.get("views", {}).values()]
-    assert plan_of(preset=name, teachers=tuple(filter(None, named)) or ("big",)).preset == name
+    teachers = tuple(filter(None, named)) or ("big",)
+    assert plan_of(preset=name, teachers=teachers, **required(name)).preset == name
 
 
 def test_presets_are_the_published_rows() -> None:
@@ -186,6 +188,7 @@ def test_alpha_ends_are_the_two_divergences_and_heavy_tails_warn() -> None:
             {"preset": "gkd", "support": "full", "mix": "add", "gate": {"entropy_of": "teacher"}},
             "gate.entropy_of: needs a teacher that is asked over the wire",
         ),
+        ({"preset": "rlsd", "ratio": "first_over_second"}, "allowed: two views, each with coefficient 1"),
         ({"preset": "gkd", "tail": "renormalise_teacher"}, 'objective.tail: got "renormalise_teacher"'),
         ({"preset": "gkd", "correction": {"kind": "ppo"}}, "objective.correction"),
         ({"preset": "gkd", "mix": "multiply"}, "objective.mix"),

@@ -272,6 +272,19 @@ def shared_bench(factory: pytest.TempPathFactory, made: list[Bench] = []) -> Ben
     return made[0]
 
 
+def test_a_failure_is_a_siblings_and_never_a_success(bench: Callable[..., Bench]) -> None:
+    plain = bench({"user": "{failure}"}, missing="same")
+    (group,) = outcomes_as_groups(plain, {3: [True, False, False]})
+    (found,) = plain.contexts(group)
+    failures = {1: group.texts[1], 2: group.texts[2]}
+    shown = [context.prompt.text for context in found["v"]]
+    assert shown[0] in failures.values()
+    assert shown[1:] == [failures[2], failures[1]]
+    (group,) = outcomes_as_groups(plain, {3: [True, True]})
+    (found,) = plain.contexts(group)
+    assert [context.lacking for context in found["v"]] == [(("failure",),)] * 2
+
+
 def test_siblings_are_chosen_among_all_successes(bench: Callable[..., Bench]) -> None:
     plain = bench({"user": "{success}"}, missing="same")
     chosen = set()
