@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from tutelage_client.errors import invalid
 
 from services.models.head import head_of
 from services.models.packed import PackedLayout, hidden_states
@@ -14,6 +15,7 @@ from student_trainer.objective.batch import Head, TokenBatch
 from student_trainer.objective.compile import Plan
 from student_trainer.objective.consistency import consistency_loss
 from student_trainer.objective.loss import LossOutput, NonFiniteStudentError, objective_loss, student_logprobs
+from student_trainer.objective.settings import ObjectiveError
 from student_trainer.student import Student
 
 
@@ -85,6 +87,8 @@ class ObjectivePass(nn.Module):
             if plan.auxiliary is not None and len(others):
                 own = Head(head.weight, head.bias, head.softcap, head.scale)
                 output = _with(output, consistency_loss(scored, others, own, tokens, plan))
+        except ObjectiveError as error:  # of what a function of the user's returned
+            raise invalid(str(error)) from error
         except NonFiniteStudentError as error:
             return PassOutput(0.0 * (hidden.sum() + head.weight.sum()), None, str(error))
         return PassOutput(output.loss, output)

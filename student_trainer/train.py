@@ -11,7 +11,7 @@ from contextlib import closing
 import structlog
 import torch
 from transformers.utils.logging import disable_progress_bar
-from tutelage_client.errors import TutelageError
+from tutelage_client.errors import TutelageError, invalid
 
 from services import tracing
 from services.logs import log_to_stderr
@@ -25,7 +25,9 @@ from student_trainer.evaluations import Evaluations
 from student_trainer.follower import follow
 from student_trainer.learner import Learner
 from student_trainer.metrics import open_trackers
+from student_trainer.objective.custom import check_functions
 from student_trainer.objective.plan import Plan
+from student_trainer.objective.settings import ObjectiveError
 from student_trainer.pacing import Pacer
 from student_trainer.ranks import Ranks, accompany, is_loss, join
 from student_trainer.recording import Recorder
@@ -57,6 +59,7 @@ def main(config: RunConfig, unfinished_status: int = 0) -> int:
         _configure_torch(config)
         plan = config.plan()
         check_objective(plan, ranks.world)
+        _check_functions(plan)
         if not ranks.leads:
             finished = follow(_load_learner(config, plan, ranks), ranks)
             return 0 if finished else unfinished_status
@@ -67,6 +70,14 @@ def main(config: RunConfig, unfinished_status: int = 0) -> int:
             tracing.stop()
         ranks.tell("end", finished=finished)
     return 0 if finished else unfinished_status
+
+
+def _check_functions(plan: Plan) -> None:
+    """Before anything waits: the user's functions are imported, and a divergence is tried."""
+    try:
+        check_functions(plan)
+    except ObjectiveError as error:
+        raise invalid(str(error)) from error
 
 
 async def _train(config: RunConfig, plan: Plan, ranks: Ranks) -> bool:

@@ -42,6 +42,14 @@ class TokenValues:
         return TokenValues(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
 
+def check_functions(plan: Plan) -> None:
+    """Import the user's functions, and try the divergence; raises ObjectiveError."""
+    for source in plan.custom.values():
+        source.load()
+    if "divergence" in plan.custom:
+        divergence_row(plan)
+
+
 def divergence_row(plan: Plan) -> FDivergence:
     """The plan's divergence: a row of the table, or a user's."""
     source = plan.custom.get("divergence")

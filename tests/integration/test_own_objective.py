@@ -61,6 +61,13 @@ def test_the_guides_example_trains_and_is_part_of_its_run(root: Path, bench: tup
     own = root / "own.py"
     own.write_text(own.read_text().replace("0.9", "0.8"))
     run.file.write_text(run.file.read_text().replace("steps = 12", "steps = 14"))
+    fading = own.read_text()
+    own.write_text(fading + "\nraise RuntimeError('no')\n")
+    broken = processes.trainer(run)
+    broken.join(60)
+    assert broken.exitcode not in (0, None)
+    assert "importing" in run.log("trainer")
+    own.write_text(fading)
     refused = processes.trainer(run)
     refused.join(60)
     assert refused.exitcode not in (0, None)
