@@ -25,6 +25,7 @@ from launcher.doctor_checks import (
     demands,
 )
 from launcher.doctor_scores import cached_limits, check_scores
+from launcher.doctor_views import check_views
 from launcher.model_facts import ModelFacts, NotHere, read_facts
 from services.logs import log_to_stderr
 
@@ -83,6 +84,7 @@ def examine(config: RunConfig, *, download: bool, token: str | None) -> Iterator
     yield from check_adapters(config)
     yield from check_scores(config, models.student)
     yield from check_objective(config, limits)
+    yield from check_views(config, models.student, models.teachers)
     for name, facts in models.named():
         yield from check_lengths(config, name, facts)
     yield from check_budgets(config)

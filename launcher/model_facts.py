@@ -41,7 +41,7 @@ def read_facts(model: str, revision: str | None, *, download: bool) -> ModelFact
     elif directory.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise FileNotFoundError(f"{model}: there is no such directory")
     config = _configuration(model, revision, download)
-    tokenizer = _tokenizer(model, revision, download)
+    tokenizer = read_tokenizer(model, revision, download=download)
     text = config.get_text_config()
     from services.models.fingerprint import tokenizer_fingerprint
 
@@ -68,7 +68,8 @@ def _configuration(model: str, revision: str | None, download: bool) -> Any:
         raise NotHere(f"{model} {reason}") from error
 
 
-def _tokenizer(model: str, revision: str | None, download: bool) -> Any:
+def read_tokenizer(model: str, revision: str | None, *, download: bool) -> Any:
+    """The tokenizer, or None for a local directory without one; raises NotHere."""
     from transformers import AutoTokenizer
 
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
