@@ -301,6 +301,22 @@ def test_several_views_compile_to_one_request_each() -> None:
     assert dict(alone.views) == {"one": 0.8}
 
 
+def test_guided_sampling_compares_with_the_students_own_probabilities() -> None:
+    weighed = {"correction": {"kind": "importance"}}
+
+    def guided(**settings: Any) -> Any:
+        chosen = ObjectiveSettings.model_validate(settings)
+        return compile_plan(chosen, student_temperature=1.0, guided=True)
+
+    plan = guided(**weighed)
+    assert (plan.log_ratio, plan.needs_behaviour, plan.behaviour_comparable) == ("student", True, False)
+    assert guided(estimator="pathwise", support="teacher_topk").log_ratio == "behaviour"
+    with pytest.raises(ObjectiveError, match=r"objective.correction: got .none. with .sampling. context"):
+        guided()
+    with pytest.raises(ObjectiveError, match=r"objective.log_ratio: got .behaviour. with .sampling. context"):
+        guided(**weighed, log_ratio="behaviour")
+
+
 def test_limits_of_a_teacher_are_checked_before_the_first_score() -> None:
     small = Limits(max_top_k=8, max_candidates=4, entropy=False, temperature=False)
     plan = plan_of(
