@@ -30,7 +30,7 @@ def sample(
 
     [bold]Example[/bold]
 
-      tutelage sample recipes/lightning.toml --groups 2048 --output runs/lightning/rollouts.jsonl
+      tutelage sample recipes/lightning.toml --groups 2048 --output artifacts/lightning/rollouts.jsonl
     """
     with one_line_errors():
         from launcher.sample import sample_file

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.teachers import TeacherProcess, teacher_process
+from support.teachers import TeacherProcess
 from support.training_run import (
     HEARTBEAT,
     Processes,
@@ -20,15 +20,22 @@ from support.training_run import (
     wait_until,
     write_model,
 )
+from tutelage_client.codec import unpack_ids
+from tutelage_client.types import Signal
 from typer.testing import CliRunner
 
 from launcher.cli import app
 from launcher.doctor import examine
 from launcher.sample import sample_file
 from launcher.score import ScoreOptions, score_file
+from launcher.up import child_specs
 from services.score_file import read_header
+from services.teacher.settings import TeacherSettings
 from student_trainer.config import load_run_config
+from student_trainer.policy_store import PolicyVersion
+from student_trainer.sampler.build import build_sampler
 
+ROOT = Path(__file__).parents[2]
 GROUPS = 20  # two and a half steps: the third begins the next epoch
 STEPS = 4
 LIGHTNING = 'preset = "lightning"\n'
@@ -108,11 +115,10 @@ def _write_scores(bench: Bench) -> None:
         "device": "cpu",
         "dtype": "float32",
     }
-    with teacher_process(bench.root / "scorer", name="big", deterministic=True, **served) as teacher:
-        from tutelage_client.types import Signal
-
+    teacher = TeacherProcess(bench.root / "scorer", name="big", deterministic=True, **served)
+    try:
         options = ScoreOptions(
-            teacher=teacher.grpc,
+            teacher=teacher.wait_ready(100).grpc,
             model=None,
             engine="transformers",
             tokenizer=None,
@@ -122,6 +128,8 @@ def _write_scores(bench: Bench) -> None:
             token=None,
         )
         assert score_file(rollouts, options) == 0
+    finally:
+        teacher.kill()
 
 
 def train(bench: Bench, run: TrainingRun, teacher: TeacherProcess) -> None:
@@ -249,14 +257,50 @@ def test_the_doctor_says_whose_words_the_student_was_trained_on(bench: Bench) ->
         assert any("20 responses, scored by" in finding.message for finding in findings)
 
 
+def commands(guide: str) -> list[list[str]]:
+    """The commands of the guide about Lightning OPD, without the program's name."""
+    text = guide.split("## Lightning OPD")[1].split("```sh\n")[1].partition("```")[0]
+    return [line.split()[1:] for line in text.splitlines()]
+
+
+def test_the_guides_commands_make_what_its_recipe_trains_on(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "artifacts").mkdir()
+    (tmp_path / "artifacts" / "quickstart").symlink_to(bench.root)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    monkeypatch.chdir(tmp_path)
+    sample, score, up = commands((ROOT / "docs" / "cached-scores.md").read_text())
+    assert up[1:] == ["recipes/lightning.toml"]
+    sample[sample.index("--groups") + 1] = "12"
+    for command in (sample, score):
+        ran = CliRunner().invoke(app, command)
+        assert ran.exit_code == 0, ran.output
+    rows = [json.loads(line) for line in Path("artifacts/lightning/rollouts.jsonl").read_text().splitlines()]
+    assert len(rows) == len({row["example"] for row in rows}) == 12
+    config = load_run_config(Path(up[1]))
+    findings = [(f.level, f.subject) for f in examine(config, download=False, token=None)]
+    assert ("ok", "sampling.sampler") in findings
+    assert ("warn", "score file") in findings, "nobody said who wrote what the student was trained on"
+    assert "fail" not in [level for level, _ in findings], findings
+    started: list[TeacherSettings] = []
+    monkeypatch.setattr("services.teacher.process.main", started.append)
+    replica = child_specs(config, Path(up[1]), "unix:///queue")[0]
+    assert CliRunner().invoke(app, list(replica.arguments)).exit_code == 0
+    assert [(one.engine, one.model, one.scores) for one in started] == [
+        ("file", None, config.teachers["teacher"].scores)
+    ]
+
+
 def test_what_sample_writes_is_what_the_run_itself_would_sample(bench: Bench) -> None:
+    """The first groups of the run that the responses come from, whose batches are of another size."""
     rows = [json.loads(line) for line in (bench.root / "rollouts.jsonl").read_text().splitlines()]
     assert len(rows) == GROUPS
-    again = bench.root / "again.jsonl"
-    ran = CliRunner().invoke(
-        app, ["sample", str(bench.root / "source.toml"), "--groups", "3", "--output", str(again)]
+    _, sampler = build_sampler(
+        load_run_config(bench.root / "source.toml"), PolicyVersion(0, bench.root / "student", "")
     )
-    assert ran.exit_code == 0, ran.output
-    some = [json.loads(line) for line in again.read_text().splitlines()]
-    assert [row["response_ids"] for row in some] == [row["response_ids"] for row in rows[:3]]
-    assert [row["context_ids"] for row in some] == [row["context_ids"] for row in rows[:3]]
+    for index, sampled in zip((3, 4), sampler.sample([3, 4], 0), strict=True):
+        (rollout,) = sampled.group.rollouts
+        assert unpack_ids(rollout.response_ids, "").tolist() == rows[index]["response_ids"]
+        assert unpack_ids(sampled.group.prompt_ids, "").tolist() == rows[index]["context_ids"]
+        assert sampler.prompts.training_index(index) == rows[index]["example"]
