@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -154,3 +155,10 @@ def test_a_preset_is_refused_without_what_only_its_user_knows() -> None:
 def test_unknown_key_inside_a_presets_view_is_refused() -> None:
     with pytest.raises(ValueError, match="coeficient"):
         settings(preset="opsd", views={"solution": {"coeficient": 2}})
+
+
+def test_every_preset_has_a_row_in_the_table_of_methods() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "methods.md").read_text()
+    lines = [line.split(" | ") for line in text.splitlines() if line.count(" | ") > 5]
+    rows = {cells[1].strip("`"): cells[4] for cells in lines if cells[1].startswith("`")}
+    assert rows == {preset.name: preset.read for preset in map(presets.load, presets.names())}
