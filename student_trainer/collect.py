@@ -16,7 +16,7 @@ from student_trainer.channels import WeightsRule, max_lag
 from student_trainer.config import RunConfig
 from student_trainer.ledger import Ledger
 from student_trainer.lineage import updates_between
-from student_trainer.pacing import Pacer
+from student_trainer.pacing import REPLACEMENTS_FROM, Pacer
 from student_trainer.spans import record_collected
 from student_trainer.verify import Expectations, RefusedGroupError, TrainingGroup, verify_group
 from student_trainer.waiting import Watch
@@ -72,9 +72,8 @@ class Collector:
         self._early: dict[int, TrainingGroup] = {}  # deterministic runs: groups of this and later steps
         self._delivered: list[Delivery] = []  # to be acknowledged once consumed
         self._refused_in_a_row = 0
-        # What was scored before a resumption may be of weights that the checkpoint does not know.
-        resumed = len(ledger.lineage) > 1
-        self._patience = max(self._per_step, 8) * (self._staleness + 2 if resumed else 1)
+        # What is on its way at a resumption may all be of weights that the checkpoint does not know.
+        self._ordered_now_from = REPLACEMENTS_FROM + ledger.replacements if len(ledger.lineage) > 1 else 0
         self._idle_looks = 0
         self._reorders = 0
         self.duplicates = 0
@@ -189,9 +188,9 @@ class Collector:
                 "takes no other group in its place",
             )
         self._ledger.drop(index, reason)
-        if reason != "stale":
+        if reason != "stale" and index >= self._ordered_now_from:
             self._refused_in_a_row += 1
-            if self._refused_in_a_row >= self._patience:
+            if self._refused_in_a_row >= max(self._per_step, 8):
                 raise TutelageError(
                     "FAILED_PRECONDITION",
                     f"{self._refused_in_a_row} groups in a row were refused, the last one ({reason}): "

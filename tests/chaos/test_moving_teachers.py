@@ -48,14 +48,20 @@ class Bench:
     processes: Processes
 
     def run(
-        self, name: str, *, deterministic: bool = True, sections: str = "", objective: str = OBJECTIVE
+        self,
+        name: str,
+        *,
+        deterministic: bool = True,
+        sections: str = "",
+        objective: str = OBJECTIVE,
+        training: str = TRAINING,
     ) -> TrainingRun:
         return TrainingRun(
             self.root,
             self.url,
             self.root,
             name=name,
-            training=TRAINING,
+            training=training,
             objective=objective,
             student_extra=sections,
             deterministic=deterministic,
@@ -166,6 +172,31 @@ def test_a_trainer_whose_own_teacher_fails_says_so_and_ends(bench: Bench) -> Non
     assert "self_teachers_failed" in run.log("trainer")
     assert f"could not load '{empty}'" in run.log("trainer")
     assert len(list((run.directory / "checkpoints").glob("step-*"))) == 1
+
+
+def test_scores_of_publications_that_no_checkpoint_covers_are_refused_and_counted(bench: Bench) -> None:
+    """What a dead trainer published goes on to score; then the same numbers name other weights."""
+    run = bench.run(
+        "uncovered", deterministic=False, training=TRAINING.replace("every = 3", f"every = {STEPS}")
+    )
+    bench.processes.sampler(run)
+    teachers = bench.teachers(run)
+    trainer = bench.processes.trainer(run)
+    wait_until(published(run, "policy", 3, trainer), what="version 3")
+    kill(trainer)
+    assert [path.name for path in (run.directory / "checkpoints").iterdir()] == ["step-00000000"]
+    kill(teachers["live"])
+    bench.processes.self_teacher(run, "live")
+    finish(bench.processes.trainer(run), run)
+    # How many there are is a matter of timing: groups that lost weights sampled are stale before that.
+    refused = [line for line in run.log("trainer").splitlines() if "reason=weights" in line]
+    assert all("of that version this run knows" in line for line in refused)
+    ledger = run.ledger()
+    assert ledger["drop_counts"].get("weights", 0) == len(refused)
+    assert ledger["drop_counts"], "the trainer's death has left no trace"
+    assert set(ledger["drop_counts"]) <= {"weights", "stale"}
+    assert ledger["replacements"] == sum(ledger["drop_counts"].values())
+    assert sum(stop - start for start, stop in ledger["applied"]) == STEPS * PER_STEP
 
 
 def test_scores_of_a_teacher_that_follows_other_weights_are_refused_and_counted(

@@ -18,7 +18,7 @@ from student_trainer.collect import Collector
 from student_trainer.config import RunConfig, parse_run_config
 from student_trainer.ledger import Ledger
 from student_trainer.lineage import Stretch, to_proto
-from student_trainer.pacing import Pacer
+from student_trainer.pacing import REPLACEMENTS_FROM, Pacer
 from student_trainer.sampler.pins import TeacherPins
 from student_trainer.verify import Expectations, TrainingGroup
 from student_trainer.waiting import Watch
@@ -123,6 +123,24 @@ async def test_wrong_unknown_and_old_weights_are_refused_counted_and_replaced(qu
         while claims := await worker.claim(8, 100):
             ordered += sum(claim.order.num_groups for claim in claims)
     assert ordered == wrong
+
+
+async def test_what_was_on_its_way_at_a_resumption_does_not_end_the_run_but_what_is_ordered_since_does(
+    queue: Queue,
+) -> None:
+    queue._max_queued_tokens = 10_000
+    trained = Trained(queue, make_config())
+    wrong = SCORED_BY["a version of a trainer that was killed"]
+    for index in range(20):
+        await trained.score(index, *wrong)
+    for index in (20, 21):
+        await trained.score(index, *SCORED_BY["the newest"])
+    assert {group.index for group in await trained.collect()} == {20, 21}
+    assert trained.ledger.drop_counts == {"weights": 20}
+    for index in range(8):
+        await trained.score(REPLACEMENTS_FROM + index, *wrong)
+    with pytest.raises(TutelageError, match=r"8 groups in a row were refused, the last one \(weights\)"):
+        await trained.collect()
 
 
 @pytest.mark.parametrize("allowed", [0, 2])

@@ -183,7 +183,10 @@ class Processes:
         teacher = self_teacher(channel, run.config.run.name)
         directory = follow or channel_directory(run.directory, channel)
         log = run.logs / f"{teacher}.log"
-        return self._start(run_follower, (run.config.queue.url, str(directory), teacher, str(log)))
+        concurrency = 8 if follow is None else 1  # a stranger must not take all there is
+        return self._start(
+            run_follower, (run.config.queue.url, str(directory), teacher, str(log), concurrency)
+        )
 
     def _start(self, target: Callable[..., None], arguments: tuple[Any, ...]) -> ForkServerProcess:
         process = self._context.Process(target=target, args=arguments, daemon=True)
@@ -253,8 +256,8 @@ def run_teacher(url: str, model: str, name: str, log: str) -> None:
     run_replica(url, log, name=name, model=model)
 
 
-def run_follower(url: str, directory: str, name: str, log: str) -> None:
-    run_replica(url, log, name=name, follow=Path(directory))
+def run_follower(url: str, directory: str, name: str, log: str, concurrency: int) -> None:
+    run_replica(url, log, name=name, follow=Path(directory), queue_concurrency=concurrency)
 
 
 def run_replica(url: str, log: str, **what: Any) -> None:
