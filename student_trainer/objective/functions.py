@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import importlib
 import importlib.util
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from student_trainer.objective.settings import CustomSettings, ObjectiveError
@@ -34,6 +36,7 @@ class FunctionSource:
     path: str
     attribute: str
     sha256: str
+    module: str | None = None  # imported by this name; None: by its path
 
     @property
     def name(self) -> str:
@@ -86,7 +89,8 @@ def _find(kind: str, reference: str) -> FunctionSource:
     except (SyntaxError, ValueError) as error:
         raise ObjectiveError(f"{where}: {path} is not Python: {error}") from error
     _check_defined(where, kind, tree, attribute, path)
-    return FunctionSource(kind, str(path), attribute, hashlib.sha256(text).hexdigest())
+    module = None if file.endswith(".py") else file
+    return FunctionSource(kind, str(path), attribute, hashlib.sha256(text).hexdigest(), module)
 
 
 def _module_file(where: str, module: str) -> Path:
@@ -140,14 +144,19 @@ def _load(source: FunctionSource) -> Any:
     text = Path(source.path).read_bytes()
     if hashlib.sha256(text).hexdigest() != source.sha256:
         raise ObjectiveError(f"{where}: {source.path} has changed since the objective was compiled")
+    try:
+        module = importlib.import_module(source.module) if source.module else _import_file(source)
+    except Exception as error:
+        raise ObjectiveError(f"{where}: importing {source.path} failed: {error!r}") from error
+    return getattr(module, source.attribute)
+
+
+def _import_file(source: FunctionSource) -> ModuleType:
     name = f"tutelage_custom_{source.sha256[:16]}"
     spec = importlib.util.spec_from_file_location(name, source.path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ObjectiveError(f"{where}: importing {source.path} failed: {error!r}") from error
-    return getattr(module, source.attribute)
+    spec.loader.exec_module(module)
+    return module
