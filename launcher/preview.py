@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from typing import Any
@@ -82,6 +82,8 @@ class _Run:
     config: RunConfig
     plan: Plan
     examples: Examples
+    own: EncodedPrompt
+    special: Collection[int]
 
 
 def preview(config: RunConfig, tokenizer: Any, number: int, texts: Sequence[str]) -> Preview:
@@ -106,6 +108,8 @@ def preview(config: RunConfig, tokenizer: Any, number: int, texts: Sequence[str]
         rewards=tuple(response.reward for response in responses),
     )
     (contexts,) = examples.contexts.contexts([sampled], [prompt])
+    special = [token for token, added in tokenizer.added_tokens_decoder.items() if added.special]
+    run = _Run(config, plan, examples, prompt, special)
     guided = config.sampling.context is not None
     skip, keep = plan.tokens.skip_first_n, plan.tokens.keep_first_n
     return Preview(
@@ -117,10 +121,9 @@ def preview(config: RunConfig, tokenizer: Any, number: int, texts: Sequence[str]
         guide=examples.contexts.guided([number], [example])[0] if guided else None,
         responses=responses,
         views=tuple(
-            _view(_Run(config, plan, examples), sampled, view, contexts.get(view, (Context(prompt),)), prompt)
-            for view in plan.view_requests
+            _view(run, sampled, view, contexts.get(view, (Context(prompt),))) for view in plan.view_requests
         )
-        + _auxiliary(plan, contexts, prompt),
+        + _auxiliary(run, contexts),
         trained=(skip, keep),
     )
 
@@ -133,9 +136,7 @@ def _response(tokenizer: Any, examples: Examples, number: int, text: str) -> Res
     return Response(text, np.array(ids, dtype=np.int32), reward)
 
 
-def _view(
-    run: _Run, sampled: Sampled, view: str, contexts: Sequence[Context], own: EncodedPrompt
-) -> ViewPreview:
+def _view(run: _Run, sampled: Sampled, view: str, contexts: Sequence[Context]) -> ViewPreview:
     plan, examples = run.plan, run.examples
     tag = examples.labels.tag(sampled.index, sampled.example)
     teacher = examples.labels.teacher(view, sampled.index, tag)
@@ -154,17 +155,15 @@ def _view(
         coefficient=plan.views[view] * factor,
         signal=", ".join(name for name, wanted in asked.items() if wanted),
         templates=plan.contexts.get(view, ()),
-        seen=_seen(contexts, own, strict=plan.missing.get(view) == "error"),
+        seen=_seen(run, contexts, strict=plan.missing.get(view) == "error"),
     )
 
 
-def _auxiliary(
-    plan: Plan, contexts: Mapping[str, Sequence[Context]], own: EncodedPrompt
-) -> tuple[ViewPreview, ...]:
+def _auxiliary(run: _Run, contexts: Mapping[str, Sequence[Context]]) -> tuple[ViewPreview, ...]:
     """The context of the auxiliary loss, which no teacher sees."""
-    if plan.auxiliary is None:
+    settings = run.plan.auxiliary
+    if settings is None:
         return ()
-    settings = plan.auxiliary
     return (
         ViewPreview(
             name=AUXILIARY,
@@ -173,19 +172,19 @@ def _auxiliary(
             coefficient=settings.coefficient,
             signal="the whole vocabulary",
             templates=settings.templates,
-            seen=_seen(contexts[AUXILIARY], own, strict=settings.missing == "error"),
+            seen=_seen(run, contexts[AUXILIARY], strict=settings.missing == "error"),
         ),
     )
 
 
-def _seen(contexts: Sequence[Context], own: EncodedPrompt, *, strict: bool) -> tuple[Seen, ...]:
+def _seen(run: _Run, contexts: Sequence[Context], *, strict: bool) -> tuple[Seen, ...]:
     """One for all responses where their contexts are the same."""
     shared = len({context.prompt.ids.tobytes() for context in contexts}) == 1
     return tuple(
         Seen(
             None if shared else place,
             context,
-            privileged_tokens(own.ids, context.prompt.ids),
+            privileged_tokens(run.own.ids, context.prompt.ids, run.special),
             refused=strict and context.template is None,
         )
         for place, context in enumerate(contexts[:1] if shared else contexts)
@@ -200,16 +199,24 @@ def _weights(config: RunConfig, implied: Mapping[str, str], teacher: str) -> str
     return "" if entry is None else entry.model or entry.engine
 
 
-def privileged_tokens(own: Int32Array, seen: Int32Array) -> tuple[bool, ...]:
+def privileged_tokens(own: Int32Array, seen: Int32Array, special: Collection[int] = ()) -> tuple[bool, ...]:
     """bool [C]: tokens of `seen` that are not the student's own prompt.
 
     The prompt is what both begin with, what both end with, and the longest piece between that both have.
+    Where a piece put in could as well begin a little earlier, it begins with a special token.
     """
     mine, theirs = own.tolist(), seen.tolist()
     shorter = min(len(mine), len(theirs))
     start = next((i for i in range(shorter) if mine[i] != theirs[i]), shorter)
     left = shorter - start
     end = next((i for i in range(left) if mine[-1 - i] != theirs[-1 - i]), left)
+    if start + end == len(mine):
+        back = 0
+        for k in range(1, start + 1):
+            if theirs[start - k] != theirs[len(theirs) - end - k]:
+                break
+            back = k if theirs[start - k] in special else back
+        start, end = start - back, end + back
     marks = [False] * start + [True] * (len(theirs) - start - end) + [False] * end
     matcher = SequenceMatcher(a=mine, b=theirs, autojunk=False)
     longest = matcher.find_longest_match(start, len(mine) - end, start, len(theirs) - end)

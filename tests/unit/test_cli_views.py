@@ -166,11 +166,13 @@ def test_help_teaches_with_examples(run_file: Path) -> None:
         ("<ab>", "<XabY>", ".#..#."),
         ("ab", "", ""),
         ("aa", "aaa", "..#"),
+        ("|p", "|s||p", "###.."),
+        ("xap", "xabap", "..##."),
     ],
 )
 def test_what_the_student_does_not_see_is_marked(own: str, seen: str, marks: str) -> None:
     ids = [np.array([ord(c) for c in text], dtype=np.int32) for text in (own, seen)]
-    assert "".join(".#"[mark] for mark in privileged_tokens(*ids)) == marks
+    assert "".join(".#"[mark] for mark in privileged_tokens(ids[0], ids[1], {ord("|")})) == marks
 
 
 def test_guide_shows_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,4 +200,4 @@ def test_context_of_the_auxiliary_loss_is_shown_beside_the_views(tmp_path: Path)
     run_file.write_text(run_file.read_text().replace("[training]", f"{auxiliary}\n[training]"))
     text = shown(views(run_file, "--response", "4")).split("view objective.auxiliary")[1]
     assert "scored by the trainer itself" in text
-    assert "<|im_start|>⟦system\ntwo and two<|im_end|>\n<|im_start|>⟧user\n2+2?" in text
+    assert "⟦<|im_start|>system\ntwo and two<|im_end|>\n⟧<|im_start|>user\n2+2?" in text
