@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from services.queue_address import queue_address
+from services.queue_address import FORM, is_queue_address
 
 DIRECTORY_BYTES = 10 * 2**30
 SERVER_BYTES = 2**30
@@ -18,9 +18,9 @@ def is_server(location: str) -> bool:
 
 
 def _location(location: str) -> str:
-    if not location:
-        raise ValueError("must be a directory, or redis://… of a Redis or Valkey")
-    return queue_address(location) if is_server(location) else location
+    if not location or (is_server(location) and not is_queue_address(location)):
+        raise ValueError(f"cache: must be a directory, or {FORM}")
+    return location
 
 
 class CacheSettings(BaseModel):
