@@ -79,6 +79,7 @@ def fixed_settings(config: RunConfig, plan: Plan) -> dict[str, Any]:
             view: {
                 "teacher": teacher,
                 **asdict(signal),
+                "hidden_layers": list(signal.hidden_layers),  # as JSON gives it back
                 "context": [template.model_dump() for template in plan.contexts.get(view, ())],
                 "missing": plan.missing.get(view),
                 "route": dict(plan.routes.get(view, {})),

@@ -63,6 +63,7 @@ def _check_shapes(score: SequenceScore, sequence: Sequence, signal: Signal) -> N
         "entropy": (rows,) if signal.entropy else None,
         "valid": (rows,),
     }
+    _check_hidden(score, rows, len(signal.hidden_layers))
     if score.judgement is not None:
         raise TutelageError("INTERNAL", "engine answered a judgement, asked was none")
     for field, shape in expected.items():
@@ -73,11 +74,20 @@ def _check_shapes(score: SequenceScore, sequence: Sequence, signal: Signal) -> N
     _check_id(score, sequence)
 
 
+def _check_hidden(score: SequenceScore, rows: int, layers: int) -> None:
+    got = None if score.hidden is None else score.hidden.shape
+    fits = got is None if layers == 0 else got is not None and len(got) == 3 and got[:2] == (rows, layers)
+    if not fits:
+        raise TutelageError(
+            "INTERNAL", f"engine answered hidden with shape {got}, asked was [{rows}, {layers}, H]"
+        )
+
+
 def _all_finite(score: SequenceScore, signal: Signal) -> bool:
     """Quick and one-sided: a finite sum has only finite terms. Candidates may hold NaN at pads."""
     if signal.encoding == "float16" or score.candidate_logprobs is not None:
         return False
-    arrays = (score.sampled, score.top_logprobs, score.entropy)
+    arrays = (score.sampled, score.top_logprobs, score.entropy, score.hidden)
     return all(a is None or math.isfinite(float(np.add.reduce(a, axis=None))) for a in arrays)
 
 
@@ -93,6 +103,8 @@ def _finite_rows(score: SequenceScore, sequence: Sequence, signal: Signal) -> Bo
             rows &= finite(array)
     if score.top_logprobs is not None:
         rows &= finite(score.top_logprobs).all(axis=1)
+    if score.hidden is not None:
+        rows &= np.isfinite(score.hidden).all(axis=(1, 2))
     if score.candidate_logprobs is not None and sequence.candidate_ids is not None:
         rows &= (finite(score.candidate_logprobs) | (sequence.candidate_ids == PAD_ID)).all(axis=1)
     return rows
@@ -101,7 +113,7 @@ def _finite_rows(score: SequenceScore, sequence: Sequence, signal: Signal) -> Bo
 def _blank(score: SequenceScore, valid: BoolArray) -> SequenceScore:
     """A copy with NaN, and PAD_ID for ids, wherever `valid` is False."""
     changed: dict[str, npt.NDArray[Any]] = {"valid": valid}
-    for field in ("sampled", "top_logprobs", "candidate_logprobs", "entropy", "top_ids"):
+    for field in ("sampled", "top_logprobs", "candidate_logprobs", "entropy", "top_ids", "hidden"):
         array: npt.NDArray[Any] | None = getattr(score, field)
         if array is not None:
             changed[field] = array.copy()

@@ -58,7 +58,7 @@ def _sequence_document(score: SequenceScore) -> dict[str, Any]:
     if score.judgement is not None:
         return {"id": score.id, "judgement": score.judgement, "verdict": score.verdict}
     document: dict[str, Any] = {"id": score.id, "num_positions": score.num_positions}
-    for name in ("sampled", "top_ids", "top_logprobs", "candidate_logprobs", "entropy", "valid"):
+    for name in ("sampled", "top_ids", "top_logprobs", "candidate_logprobs", "entropy", "valid", "hidden"):
         array: npt.NDArray[Any] | None = getattr(score, name)
         if array is not None:
             document[name] = _with_nulls(array)

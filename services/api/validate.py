@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from itertools import pairwise
 
 import numpy as np
 from tutelage_client import codec
@@ -48,7 +49,7 @@ def check_request(request: ScoreRequest, identity: Identity, limits: Limits) -> 
     tokens = codec.request_tokens(request)
     if tokens > limits.max_request_tokens:
         raise invalid(f"request tokens: got {tokens}, allowed are {limits.max_request_tokens}")
-    reply = _reply_bytes(request)
+    reply = _reply_bytes(request, limits)
     if reply > limits.max_message_bytes:
         raise invalid(
             f"request: its answer would have {reply} bytes, allowed are {limits.max_message_bytes}; "
@@ -58,12 +59,17 @@ def check_request(request: ScoreRequest, identity: Identity, limits: Limits) -> 
 
 def check_signal(signal: Signal, identity: Identity, limits: Limits) -> None:
     """Raise TutelageError for a signal that this teacher does not answer."""
-    asks_arrays = bool(signal.sampled or signal.top_k or signal.candidates or signal.entropy)
+    asks_arrays = bool(
+        signal.sampled or signal.top_k or signal.candidates or signal.entropy or signal.hidden_layers
+    )
     if limits.judge or signal.judgement:
         _check_judgement(signal, limits, asks_arrays=asks_arrays)
         return
     if not asks_arrays:
-        raise invalid("signal: got nothing to answer, ask for sampled, top_k, candidates or entropy")
+        raise invalid(
+            "signal: got nothing to answer, ask for sampled, top_k, candidates, entropy or hidden_layers"
+        )
+    _check_layers(signal, limits)
     allowed_k = min(limits.max_top_k, identity.vocab_size)
     if not 0 <= signal.top_k <= allowed_k:
         raise invalid(f"signal.top_k: got {signal.top_k}, allowed are 0 to {allowed_k}")
@@ -75,6 +81,20 @@ def check_signal(signal: Signal, identity: Identity, limits: Limits) -> None:
         raise invalid(f"signal.temperature: got {signal.temperature}, must be a finite number above 0")
     if signal.temperature != 1.0 and not limits.temperature:
         raise invalid(f"signal.temperature: got {signal.temperature}, this teacher answers only 1")
+
+
+def _check_layers(signal: Signal, limits: Limits) -> None:
+    layers = signal.hidden_layers
+    if not layers:
+        return
+    if not limits.hidden_layers:
+        raise invalid(f"signal.hidden_layers: got {list(layers)}, this teacher answers no hidden states")
+    ascending = all(one < other for one, other in pairwise(layers))
+    if not ascending or not 1 <= layers[0] <= layers[-1] <= limits.hidden_layers:
+        raise invalid(
+            f"signal.hidden_layers: got {shown(list(layers))}, allowed are layers from 1 to "
+            f"{limits.hidden_layers} in ascending order"
+        )
 
 
 def _check_judgement(signal: Signal, limits: Limits, *, asks_arrays: bool) -> None:
@@ -119,10 +139,11 @@ def check_pins(pins: Pins, identity: Identity) -> None:
         )
 
 
-def _reply_bytes(request: ScoreRequest) -> int:
+def _reply_bytes(request: ScoreRequest, limits: Limits) -> int:
     signal = request.signal
     width = 2 if signal.encoding == "float16" else 4
     per_position = 1 + width * (signal.sampled + signal.entropy) + (4 + width) * signal.top_k
+    per_position += 2 * len(signal.hidden_layers) * limits.hidden_size
     total = 0
     for sequence in request.sequences:
         columns = 0

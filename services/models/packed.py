@@ -7,6 +7,7 @@ rows in the same places.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,8 +22,11 @@ __all__ = [
     "build_layout",
     "hidden_states",
     "is_packed",
+    "layer_states",
     "packed_positions",
 ]
+
+_LAST = 0  # no layer's number: the trunk's output
 
 
 def hidden_states(model: Any, layout: PackedLayout) -> Tensor:
@@ -30,8 +34,17 @@ def hidden_states(model: Any, layout: PackedLayout) -> Tensor:
 
     Differentiable. `model` is a causal LM of transformers, or one wrapped by PEFT.
     """
+    return layer_states(model, layout, ())[0]
+
+
+def layer_states(model: Any, layout: PackedLayout, layers: Sequence[int]) -> tuple[Tensor, dict[int, Tensor]]:
+    """`hidden_states`, and the output [T, H] of each of `layers`, numbered from 1.
+
+    The last layer's is taken after the final norm, where the trunk ends. Differentiable.
+    """
     inner = unwrap(model)
-    return _packed(inner, layout) if computes_packed(inner, layout) else _sequential(inner, layout)
+    run = _packed if computes_packed(inner, layout) else _sequential
+    return run(inner, layout, layers)
 
 
 def computes_packed(model: Any, layout: PackedLayout) -> bool:
@@ -73,7 +86,7 @@ def packed_positions(config: Any) -> float:
     return float(min([*originals, config.max_position_embeddings]))
 
 
-def _packed(model: Any, layout: PackedLayout) -> Tensor:
+def _packed(model: Any, layout: PackedLayout, layers: Sequence[int]) -> tuple[Tensor, dict[int, Tensor]]:
     input_ids = layout.input_ids[None]
     with packing(layout):
         # An explicit all-ones mask keeps transformers from guessing sequences out of position_ids.
@@ -82,24 +95,30 @@ def _packed(model: Any, layout: PackedLayout) -> Tensor:
             position_ids=layout.position_ids[None],
             attention_mask=torch.ones_like(input_ids),
             use_cache=False,
+            output_hidden_states=bool(layers),
         )
-    return _last(output)[0]
+    return _taken(output, layers)
 
 
-def _sequential(model: Any, layout: PackedLayout) -> Tensor:
+def _sequential(model: Any, layout: PackedLayout, layers: Sequence[int]) -> tuple[Tensor, dict[int, Tensor]]:
     """One forward per sequence; a shared context's rows come from its first sequence."""
-    pieces: dict[int, Tensor] = {}  # packed row of the piece's first token -> rows
+    pieces: dict[int, dict[int, Tensor]] = {}  # packed row of the piece's first token -> rows by layer
     for context, size, response, length in layout.sequence_parts:
         ids = torch.cat(
             [layout.input_ids[context : context + size], layout.input_ids[response : response + length]]
         )
-        rows = _last(trunk(model)(input_ids=ids[None], use_cache=False))[0]
-        pieces.setdefault(context, rows[:size])
+        output = trunk(model)(input_ids=ids[None], use_cache=False, output_hidden_states=bool(layers))
+        last, found = _taken(output, layers)
+        rows = {_LAST: last, **found}
+        pieces.setdefault(context, {layer: states[:size] for layer, states in rows.items()})
         if length:
-            pieces[response] = rows[size:]
-    return torch.cat([pieces[row] for row in sorted(pieces)])
+            pieces[response] = {layer: states[size:] for layer, states in rows.items()}
+    whole = {layer: torch.cat([pieces[row][layer] for row in sorted(pieces)]) for layer in (_LAST, *layers)}
+    return whole.pop(_LAST), whole
 
 
-def _last(output: Any) -> Tensor:
-    states: Tensor = output.last_hidden_state
-    return states
+def _taken(output: Any, layers: Sequence[int]) -> tuple[Tensor, dict[int, Tensor]]:
+    """The states of the only sequence of a forward pass; the embeddings stand before the layers."""
+    last = output.last_hidden_state[0]
+    count = len(output.hidden_states) - 1 if layers else 0
+    return last, {layer: last if layer == count else output.hidden_states[layer][0] for layer in layers}

@@ -83,6 +83,26 @@ def test_an_answer_of_another_shape_is_an_engine_error(wrong: dict[str, object])
         guard(replace(answer(), **wrong), SEQUENCE, SIGNAL)  # type: ignore[arg-type]
 
 
+def test_hidden_states_are_shaped_as_asked_and_masked_where_they_are_not_finite() -> None:
+    signal = Signal(hidden_layers=(1, 3))
+    states = np.full((3, 2, 4), 0.5, np.float16)
+    given = SequenceScore("a", sampled=-np.ones(3, np.float32), valid=np.ones(3, bool), hidden=states)
+    assert guard(given, SEQUENCE, signal) == (given, 0)
+    broken = states.copy()
+    broken[1, 1, 3] = np.nan
+    got, invalid = guard(replace(given, hidden=broken), SEQUENCE, signal)
+    assert invalid == 1
+    assert got.hidden is not None
+    assert got.valid is not None
+    assert np.isnan(got.hidden[1]).all()
+    assert got.valid.tolist() == [True, False, True]
+    for wrong in (None, states[:2], states[:, :1], states[:, :, 0]):
+        with pytest.raises(TutelageError, match="INTERNAL: engine answered hidden with shape"):
+            guard(replace(given, hidden=wrong), SEQUENCE, signal)
+    with pytest.raises(TutelageError, match="INTERNAL: engine answered hidden with shape"):
+        guard(given, SEQUENCE, Signal())
+
+
 JUDGE = Signal(sampled=False, judgement=True)
 
 

@@ -52,6 +52,8 @@ def other(value: Any) -> Any:
     """A value of the same type that is not `value`."""
     if isinstance(value, bool):
         return not value
+    if isinstance(value, tuple):
+        return (*value, 1)
     return value + ("!" if isinstance(value, str) else 1)
 
 

@@ -94,6 +94,7 @@ def test_a_score_comes_back_as_it_was_made(encoding: str) -> None:
         candidate_logprobs=-rng.random((rows, columns), dtype=np.float32),
         entropy=rng.random(rows, dtype=np.float32),
         valid=np.array([True, False] * 3 + [True]),
+        hidden=rng.random((rows, 2, 3)).astype(np.float16),
     )
     failed = SequenceScore("b", SequenceError("INVALID_ARGUMENT", "why"))
     judged = SequenceScore("c", judgement=0.0, verdict="Nothing is right.\nScore: 0")
@@ -110,6 +111,7 @@ def test_a_score_comes_back_as_it_was_made(encoding: str) -> None:
         np.testing.assert_array_equal(getattr(got, field), expected)
     np.testing.assert_array_equal(got.top_ids, full.top_ids)
     np.testing.assert_array_equal(got.valid, full.valid)
+    np.testing.assert_array_equal(got.hidden, full.hidden)
 
 
 @pytest.mark.parametrize("rows", [1, 31, 32, 127, 128, 5000, 70_000])

@@ -69,6 +69,10 @@ def signal_to_proto(signal: t.Signal) -> pb.Signal:
     message = pb.Signal(encoding=_ENCODING[signal.encoding])
     for field in ("sampled", "top_k", "candidates", "entropy", "temperature", "judgement"):
         _set(message, field, getattr(signal, field), "signal.")
+    try:
+        message.hidden_layers.extend(signal.hidden_layers)
+    except (TypeError, ValueError) as error:
+        raise invalid(f"signal.hidden_layers: got {shown(signal.hidden_layers)}, must be integers") from error
     if not (math.isfinite(message.temperature) and message.temperature > 0):
         raise invalid(f"signal.temperature: got {signal.temperature}, must be a finite number above 0")
     return message
@@ -93,6 +97,7 @@ def signal_from_proto(message: pb.Signal) -> t.Signal:
         temperature=message.temperature or 1.0,
         encoding="float16" if message.encoding == pb.ENCODING_FLOAT16 else "float32",
         judgement=message.judgement,
+        hidden_layers=tuple(message.hidden_layers),
     )
 
 
@@ -252,6 +257,7 @@ def _sequence_score_to_proto(score: t.SequenceScore, encoding: t.EncodingName) -
     message.candidate_logprobs = _packed(score.candidate_logprobs, floats)
     message.entropy = _packed(score.entropy, floats)
     message.valid = _packed(score.valid, "u1")
+    message.hidden = _packed(score.hidden, "<f2")
     return message
 
 
@@ -265,6 +271,8 @@ def _sequence_score_head(score: t.SequenceScore, encoding: t.EncodingName) -> pb
         encoding=_ENCODING[encoding],
         judgement=score.judgement,
         verdict=score.verdict,
+        num_layers=0 if score.hidden is None else score.hidden.shape[1],
+        hidden_size=0 if score.hidden is None else score.hidden.shape[2],
     )
 
 
@@ -300,6 +308,7 @@ def _sequence_score_parts(score: t.SequenceScore, encoding: t.EncodingName) -> l
         (pb.SequenceScore.CANDIDATE_LOGPROBS_FIELD_NUMBER, score.candidate_logprobs, floats),
         (pb.SequenceScore.ENTROPY_FIELD_NUMBER, score.entropy, floats),
         (pb.SequenceScore.VALID_FIELD_NUMBER, score.valid, "u1"),
+        (pb.SequenceScore.HIDDEN_FIELD_NUMBER, score.hidden, "<f2"),
     ):
         if array is not None and array.size:
             packed = np.ascontiguousarray(array, dtype=dtype)
@@ -341,10 +350,10 @@ def _sequence_score_from_proto(message: pb.SequenceScore) -> t.SequenceScore:
     rows, top_k, candidates = message.num_positions, message.top_k, message.num_candidates
     dtype = _FLOAT[message.encoding]
 
-    def array(field: str, data: bytes, kind: str, columns: int | None = None) -> npt.NDArray[Any] | None:
-        if not data or columns == 0:
+    def array(field: str, data: bytes, kind: str, *columns: int) -> npt.NDArray[Any] | None:
+        if not data or 0 in columns:
             return None
-        shape = (rows,) if columns is None else (rows, columns)
+        shape = (rows, *columns)
         flat = np.frombuffer(data, dtype=kind)
         if flat.size != math.prod(shape):
             raise invalid(f"sequence {message.id!r} {field}: got {flat.size} values for shape {list(shape)}")
@@ -361,6 +370,7 @@ def _sequence_score_from_proto(message: pb.SequenceScore) -> t.SequenceScore:
         valid=None if valid is None else valid.view(np.bool_),
         judgement=message.judgement if message.HasField("judgement") else None,
         verdict=message.verdict,
+        hidden=array("hidden", message.hidden, "<f2", message.num_layers, message.hidden_size),
     )
 
 

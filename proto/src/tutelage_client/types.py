@@ -36,6 +36,10 @@ class Signal:
     temperature: float = 1.0
     encoding: EncodingName = "float32"
     judgement: bool = False  # what a judge says of the response as a whole; asked alone
+    hidden_layers: tuple[int, ...] = ()  # ascending; layer l is the output of the l-th decoder layer
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "hidden_layers", tuple(self.hidden_layers))
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +100,7 @@ class SequenceScore:
     valid: BoolArray | None = None  # [R]
     judgement: float | None = None  # 0 (worst) to 1 (best), of the whole response: a reward
     verdict: str = ""  # the judge's words, which the judgement was read from
+    hidden: npt.NDArray[np.float16] | None = None  # [R, L, H], unit vectors, of the asked layers
 
     @property
     def num_positions(self) -> int:
@@ -132,6 +137,8 @@ class Limits:
     entropy: bool = True
     temperature: bool = True
     judge: bool = False  # answers Signal.judgement, and no log-probability of anything
+    hidden_layers: int = 0  # layers whose hidden states are answered, from 1 on
+    hidden_size: int = 0  # numbers of one hidden state
 
 
 @dataclass(frozen=True, slots=True)

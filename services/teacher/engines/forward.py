@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +11,7 @@ from tutelage_client.types import Sequence, SequenceScore, Signal
 
 from services.models.layout import PackedLayout
 from services.models.load import LoadedModel
-from services.models.packed import build_layout, computes_packed, hidden_states
+from services.models.packed import build_layout, computes_packed, layer_states
 from services.teacher.engines.batching import Unit
 from services.teacher.engines.scoring_head import RowScores, RowSignal, ScoringHead
 
@@ -73,8 +73,14 @@ class PackedScorer:
             [(places[entry.unit], entry.sequence.response_ids) for entry in entries],
             device=self.loaded.model.device,
         )
-        hidden = hidden_states(self.loaded.model, layout)
+        layers = sorted({layer for entry in entries for layer in entry.signal.hidden_layers})
+        hidden, by_layer = layer_states(self.loaded.model, layout, layers)
         scores = self._score_rows(hidden, layout, entries)
+        for number, entry in enumerate(entries):
+            if entry.signal.hidden_layers:
+                rows = layout.score_rows[layout.offsets[number] : layout.offsets[number + 1]]
+                states = [by_layer[layer][rows] for layer in entry.signal.hidden_layers]
+                scores[number] = replace(scores[number], hidden=_directions(states))
         packed = computes_packed(self.loaded.model, layout)
         return BatchScores(_share_out(batch, places, entries, scores, packed=packed))
 
@@ -102,6 +108,13 @@ class PackedScorer:
                 scores[number] = _sequence_score(entries[number], rows, slice(start, end))
                 start = end
         return [score for score in scores if score is not None]
+
+
+def _directions(states: list[torch.Tensor]) -> npt.NDArray[np.float16]:
+    """[R, L, H]: unit vectors, which float16 holds whatever the states' size."""
+    stacked = torch.stack(states, dim=1).float()
+    unit: npt.NDArray[np.float16] = torch.nn.functional.normalize(stacked, dim=-1).half().cpu().numpy()
+    return unit
 
 
 def _candidates(sequence: Sequence) -> npt.NDArray[np.int32]:

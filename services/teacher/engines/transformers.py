@@ -190,12 +190,15 @@ class TransformersEngine:
         adapter = None if self._adapter is None else read_adapter(self._name, self._adapter)
         loaded = self._load(adapter=adapter)
         self._scorer = self._scorer_for(loaded)
-        positions = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+        text = loaded.model.config.get_text_config()
+        positions = getattr(text, "max_position_embeddings", None)
         limits = self._limits
         self._limits = replace(
             limits,
             max_sequence_tokens=min(limits.max_sequence_tokens, positions or limits.max_sequence_tokens),
             max_top_k=min(limits.max_top_k, loaded.vocab_size),
+            hidden_layers=getattr(text, "num_hidden_layers", 0),
+            hidden_size=getattr(text, "hidden_size", 0),
         )
         self._identity = Identity(
             name=self._name,

@@ -59,7 +59,7 @@ class Identity(_message.Message):
     def __init__(self, name: _Optional[str] = ..., model: _Optional[str] = ..., revision: _Optional[str] = ..., weights_version: _Optional[int] = ..., tokenizer_fingerprint: _Optional[str] = ..., vocab_size: _Optional[int] = ..., engine: _Optional[str] = ..., engine_version: _Optional[str] = ..., dtype: _Optional[str] = ..., head_dtype: _Optional[str] = ..., weights_id: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_sequences", "max_sequence_tokens", "max_request_tokens", "max_top_k", "max_candidates", "max_message_bytes", "entropy", "temperature", "judge")
+    __slots__ = ("max_sequences", "max_sequence_tokens", "max_request_tokens", "max_top_k", "max_candidates", "max_message_bytes", "entropy", "temperature", "judge", "hidden_layers", "hidden_size")
     MAX_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     MAX_SEQUENCE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_REQUEST_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -69,6 +69,8 @@ class Limits(_message.Message):
     ENTROPY_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     JUDGE_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
     max_sequences: int
     max_sequence_tokens: int
     max_request_tokens: int
@@ -78,10 +80,12 @@ class Limits(_message.Message):
     entropy: bool
     temperature: bool
     judge: bool
-    def __init__(self, max_sequences: _Optional[int] = ..., max_sequence_tokens: _Optional[int] = ..., max_request_tokens: _Optional[int] = ..., max_top_k: _Optional[int] = ..., max_candidates: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., entropy: bool = ..., temperature: bool = ..., judge: bool = ...) -> None: ...
+    hidden_layers: int
+    hidden_size: int
+    def __init__(self, max_sequences: _Optional[int] = ..., max_sequence_tokens: _Optional[int] = ..., max_request_tokens: _Optional[int] = ..., max_top_k: _Optional[int] = ..., max_candidates: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., entropy: bool = ..., temperature: bool = ..., judge: bool = ..., hidden_layers: _Optional[int] = ..., hidden_size: _Optional[int] = ...) -> None: ...
 
 class Signal(_message.Message):
-    __slots__ = ("sampled", "top_k", "candidates", "entropy", "temperature", "encoding", "judgement")
+    __slots__ = ("sampled", "top_k", "candidates", "entropy", "temperature", "encoding", "judgement", "hidden_layers")
     SAMPLED_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     CANDIDATES_FIELD_NUMBER: _ClassVar[int]
@@ -89,6 +93,7 @@ class Signal(_message.Message):
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     ENCODING_FIELD_NUMBER: _ClassVar[int]
     JUDGEMENT_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_LAYERS_FIELD_NUMBER: _ClassVar[int]
     sampled: bool
     top_k: int
     candidates: bool
@@ -96,7 +101,8 @@ class Signal(_message.Message):
     temperature: float
     encoding: Encoding
     judgement: bool
-    def __init__(self, sampled: bool = ..., top_k: _Optional[int] = ..., candidates: bool = ..., entropy: bool = ..., temperature: _Optional[float] = ..., encoding: _Optional[_Union[Encoding, str]] = ..., judgement: bool = ...) -> None: ...
+    hidden_layers: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, sampled: bool = ..., top_k: _Optional[int] = ..., candidates: bool = ..., entropy: bool = ..., temperature: _Optional[float] = ..., encoding: _Optional[_Union[Encoding, str]] = ..., judgement: bool = ..., hidden_layers: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Pins(_message.Message):
     __slots__ = ("tokenizer_fingerprint", "revision", "weights_version", "min_weights_version")
@@ -155,7 +161,7 @@ class SequenceError(_message.Message):
     def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
 class SequenceScore(_message.Message):
-    __slots__ = ("id", "error", "num_positions", "top_k", "num_candidates", "encoding", "sampled", "top_ids", "top_logprobs", "candidate_logprobs", "entropy", "valid", "judgement", "verdict")
+    __slots__ = ("id", "error", "num_positions", "top_k", "num_candidates", "encoding", "sampled", "top_ids", "top_logprobs", "candidate_logprobs", "entropy", "valid", "judgement", "verdict", "hidden", "num_layers", "hidden_size")
     ID_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     NUM_POSITIONS_FIELD_NUMBER: _ClassVar[int]
@@ -170,6 +176,9 @@ class SequenceScore(_message.Message):
     VALID_FIELD_NUMBER: _ClassVar[int]
     JUDGEMENT_FIELD_NUMBER: _ClassVar[int]
     VERDICT_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_FIELD_NUMBER: _ClassVar[int]
+    NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
     id: str
     error: SequenceError
     num_positions: int
@@ -184,7 +193,10 @@ class SequenceScore(_message.Message):
     valid: bytes
     judgement: float
     verdict: str
-    def __init__(self, id: _Optional[str] = ..., error: _Optional[_Union[SequenceError, _Mapping]] = ..., num_positions: _Optional[int] = ..., top_k: _Optional[int] = ..., num_candidates: _Optional[int] = ..., encoding: _Optional[_Union[Encoding, str]] = ..., sampled: _Optional[bytes] = ..., top_ids: _Optional[bytes] = ..., top_logprobs: _Optional[bytes] = ..., candidate_logprobs: _Optional[bytes] = ..., entropy: _Optional[bytes] = ..., valid: _Optional[bytes] = ..., judgement: _Optional[float] = ..., verdict: _Optional[str] = ...) -> None: ...
+    hidden: bytes
+    num_layers: int
+    hidden_size: int
+    def __init__(self, id: _Optional[str] = ..., error: _Optional[_Union[SequenceError, _Mapping]] = ..., num_positions: _Optional[int] = ..., top_k: _Optional[int] = ..., num_candidates: _Optional[int] = ..., encoding: _Optional[_Union[Encoding, str]] = ..., sampled: _Optional[bytes] = ..., top_ids: _Optional[bytes] = ..., top_logprobs: _Optional[bytes] = ..., candidate_logprobs: _Optional[bytes] = ..., entropy: _Optional[bytes] = ..., valid: _Optional[bytes] = ..., judgement: _Optional[float] = ..., verdict: _Optional[str] = ..., hidden: _Optional[bytes] = ..., num_layers: _Optional[int] = ..., hidden_size: _Optional[int] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("positions", "tokens_computed", "tokens_reused", "queue_ms", "compute_ms")
