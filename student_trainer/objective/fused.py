@@ -24,80 +24,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from student_trainer.objective.batch import Head
+from student_trainer.objective.head_pass import (
+    Gradients,
+    HeadPass,
+    NonFiniteStudentError,
+    log_normaliser,
+    tiles,
+)
 from student_trainer.objective.rows import Rows
 from student_trainer.objective.tails import dense
-
-CONVERTED_ROWS = 16_384  # of a head that is converted to the dtype of the logits, at a time
-
-
-class NonFiniteStudentError(ArithmeticError):
-    """The student's own logits, or the loss, are not finite: the student has diverged."""
-
-
-@dataclass(frozen=True)
-class HeadPass:
-    """One head at one temperature: hidden rows → logits, and logit gradients → back."""
-
-    head: Head
-    temperature: float
-    dtype: torch.dtype
-
-    def logits(self, hidden: Tensor, out: Tensor) -> None:
-        """Write softcap(scale · (h Wᵀ + b)) / temperature into `out`, [R, V]."""
-        for columns, weight in self._weights():
-            torch.mm(hidden, weight.t(), out=out[:, columns])
-        if self.head.bias is not None:
-            out += self.head.bias
-        if self.head.softcap is None:
-            factor = self.head.scale / self.temperature
-            if factor != 1:
-                out *= factor
-            return
-        out.mul_(self.head.scale / self.head.softcap).tanh_().mul_(self.head.softcap / self.temperature)
-
-    def chain(self, logits: Tensor) -> Tensor | float:
-        """Derivative of the final logits by h Wᵀ + b."""
-        factor = self.head.scale / self.temperature
-        if self.head.softcap is None:
-            return factor
-        return (logits * (self.temperature / self.head.softcap)).square_().neg_().add_(1).mul_(factor)
-
-    def backward(self, gradient: Tensor, hidden: Tensor, into: Gradients, part: Tensor) -> None:
-        """Accumulate what `gradient` [R, V], by h Wᵀ + b, means for hidden rows and head."""
-        if into.hidden is not None:
-            rows = torch.zeros_like(hidden)
-            for columns, weight in self._weights():
-                rows.addmm_(gradient[:, columns], weight)
-            into.hidden[part] = rows.to(into.hidden.dtype)
-        if into.weight is not None:
-            into.weight.addmm_(gradient.t(), hidden)
-        if into.bias is not None:
-            into.bias += gradient.sum(dim=0)
-
-    def _weights(self) -> Iterator[tuple[slice, Tensor]]:
-        weight = self.head.weight
-        if weight.dtype == self.dtype:
-            yield slice(None), weight
-            return
-        for start in range(0, len(weight), CONVERTED_ROWS):
-            columns = slice(start, start + CONVERTED_ROWS)
-            yield columns, weight[columns].to(self.dtype)
-
-
-@dataclass
-class Gradients:
-    """What the backward pass will hand on; None where nothing asks for it."""
-
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-
-    def scaled(self, factor: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        for gradient in (self.hidden, self.weight, self.bias):
-            if gradient is not None:
-                gradient.mul_(factor)
-        return self.hidden, self.weight, self.bias
 
 
 @dataclass(frozen=True)
@@ -246,7 +181,7 @@ class ChunkedLoss:
         target = self._normaliser(other)
         value, total = torch.zeros_like(normaliser), torch.zeros_like(normaliser)
         s_shift, t_shift = (x.to(logits.dtype)[:, None] for x in (normaliser, target))
-        for columns in self._tiles(logits):
+        for columns in tiles(logits, self.tile_columns):
             share, psi = dense(
                 self.rows.divergence,
                 logits[:, columns] - s_shift,
@@ -295,7 +230,7 @@ class ChunkedLoss:
             push = push + whole.scale * whole.total
         push, shift = push.to(dtype)[:, None], normaliser.to(dtype)[:, None]
         entropy = torch.zeros_like(normaliser)
-        for columns in self._tiles(logits):
+        for columns in tiles(logits, self.tile_columns):
             tile = logits[:, columns]
             factor = self.student.chain(tile)
             surprise = tile - shift
@@ -310,45 +245,6 @@ class ChunkedLoss:
 
     def _normaliser(self, logits: Tensor) -> Tensor:
         return log_normaliser(logits, self.tile_columns)
-
-    def _tiles(self, logits: Tensor) -> Iterator[slice]:
-        return _tiles(logits, self.tile_columns)
-
-
-def log_normaliser(logits: Tensor, tile_columns: int) -> Tensor:
-    """log Σ exp over the vocabulary, f64 [R]."""
-    peak = logits.amax(dim=1, keepdim=True)
-    total = torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
-    for columns in _tiles(logits, tile_columns):
-        total += (logits[:, columns] - peak).exp_().sum(dim=1)
-    return peak.squeeze(1).double() + total.log()
-
-
-def sampled_logprobs(
-    student: HeadPass, hidden: Tensor, ids: Tensor, index: Tensor, *, chunk_rows: int, tile_columns: int
-) -> Tensor:
-    """log p of `ids` at the positions `index`, f64 [T], NaN elsewhere, from a pass without gradients.
-
-    Raises:
-        NonFiniteStudentError: the student has diverged.
-    """
-    found = torch.full((len(hidden),), torch.nan, dtype=torch.float64, device=hidden.device)
-    size = max(1, min(chunk_rows, len(index)))
-    buffer = hidden.new_empty(size, len(student.head.weight), dtype=student.dtype)
-    for start in range(0, len(index), size):
-        part = index[start : start + size]
-        logits = buffer[: len(part)]
-        student.logits(hidden[part].to(student.dtype), logits)
-        own = logits.gather(1, ids[part, None]).squeeze(1).double()
-        found[part] = own - log_normaliser(logits, tile_columns)
-    if not bool(torch.isfinite(found[index]).all()):
-        raise NonFiniteStudentError("the student's logits are not finite; nothing was trained")
-    return found
-
-
-def _tiles(logits: Tensor, tile_columns: int) -> Iterator[slice]:
-    for start in range(0, logits.shape[1], tile_columns):
-        yield slice(start, start + tile_columns)
 
 
 class FusedHeadLoss(torch.autograd.Function):

@@ -10,14 +10,8 @@ import torch
 from torch import Tensor
 
 from student_trainer.objective.batch import Head, LossOutput, TokenBatch, ViewTensors
-from student_trainer.objective.fused import (
-    ChunkedLoss,
-    FusedHeadLoss,
-    HeadPass,
-    NonFiniteStudentError,
-    TeacherPass,
-    sampled_logprobs,
-)
+from student_trainer.objective.fused import ChunkedLoss, FusedHeadLoss, TeacherPass
+from student_trainer.objective.head_pass import HeadPass, NonFiniteStudentError, sampled_logprobs
 from student_trainer.objective.plan import Plan
 from student_trainer.objective.rows import Rows
 from student_trainer.objective.selection import select_rows

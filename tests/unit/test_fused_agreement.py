@@ -19,7 +19,7 @@ from support.objective_cases import (
     to_dtype,
 )
 
-from student_trainer.objective import fused
+from student_trainer.objective import head_pass
 from student_trainer.objective.compile import compile_plan
 from student_trainer.objective.loss import Head, TokenBatch, objective_loss
 from student_trainer.objective.settings import ObjectiveSettings
@@ -80,7 +80,7 @@ def test_bfloat16_inputs_have_float32_logits(row: dict[str, Any]) -> None:
     case = to_dtype(
         make_case(3, row, {**FIXED, "V": 300, "H": 16, "tile": 64, "bias": False}), torch.bfloat16
     )
-    with patch.object(fused, "CONVERTED_ROWS", 70):
+    with patch.object(head_pass, "CONVERTED_ROWS", 70):
         loss, _, gradients = case.fused()
     expected, expected_gradients = to_dtype(case, torch.float64).plain()
     assert loss.dtype == torch.float32
