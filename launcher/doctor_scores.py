@@ -39,7 +39,7 @@ def cached_limits(config: RunConfig, name: str, limits: Limits) -> Limits:
     """What teacher `name` accepts: `limits`, narrowed to what its score file has."""
     from services.score_file import file_limits, read_header
 
-    path = config.teachers[name].scores
+    path = config.all_teachers()[name].scores
     try:
         return limits if path is None else file_limits(read_header(path), limits)
     except TutelageError:

@@ -76,7 +76,8 @@ def examine(root: Path, **changes: str | int) -> Result:
         "k": 4,
     }
     path = root / "run.toml"
-    path.write_text(RUN_FILE.format(**(values | changes)))
+    views = str(changes.pop("views", ""))
+    path.write_text(RUN_FILE.format(**(values | changes)) + views)
     return CliRunner().invoke(app, ["doctor", str(path)], env={"COLUMNS": "400"})
 
 
@@ -96,6 +97,15 @@ def test_memory_is_counted_for_every_process(root: Path) -> None:
     result = examine(root, teacher=f'model = "{root}/teacher"\nreplicas = 2')
     (memory,) = [line for line in lines(result, "ok") if line.startswith("memory")]
     assert all(name in memory for name in ("big-0", "big-1", "trainer", "sampler-0"))
+
+
+def test_teachers_with_the_students_own_weights_are_known(root: Path) -> None:
+    sections = '[objective.views.self]\nweights = "ema"\n[self_teacher]\nreplicas = 2\n'
+    result = examine(root, views=sections)
+    assert result.exit_code == 0, result.output
+    (memory,) = [line for line in lines(result, "ok") if line.startswith("memory")]
+    assert all(name in memory for name in ("run.ema-0", "run.ema-1", "trainer"))
+    assert any(line.startswith("teacher run.ema serves the objective") for line in lines(result, "ok"))
 
 
 TROUBLE: dict[str, tuple[dict[str, str | int], str]] = {
