@@ -67,7 +67,7 @@ def findings_of(experiment: Experiment, seeds: Sequence[int], directory: Path, s
             path = result_path(directory, experiment, arm, seed, sizes)
             if path.exists():
                 results[arm.name][seed] = read_result(path)
-    return Findings(experiment, results)
+    return Findings(experiment, results, sizes.evaluation_prompts)
 
 
 def whole_of(tasks: Sequence[Task], seeds: tuple[int, ...], sizes: Sizes) -> report.Whole:

@@ -36,10 +36,11 @@ class Judged:
 
 @dataclass(frozen=True)
 class Findings:
-    """Results of one experiment: arm → seed → result."""
+    """Results of one experiment: arm → seed → result. `prompts` are the held-out prompts of a look."""
 
     experiment: Experiment
     results: Mapping[str, Mapping[int, dict[str, Any]]]
+    prompts: int
 
     def seeds(self, arm: str) -> list[int]:
         return sorted(self.results.get(arm, {}))
@@ -71,7 +72,7 @@ class Findings:
         return (max(means) - min(means)) / statistics.fmean(means) if means else 0.0
 
     def judged(self) -> list[Judged]:
-        return [judge(claim, *self._sides(claim)) for claim in self.experiment.claims]
+        return [judge(claim, *self._sides(claim), prompts=self.prompts) for claim in self.experiment.claims]
 
     def _sides(self, claim: Claim) -> tuple[dict[int, float], dict[int, float]]:
         less_measure = claim.less_measure or claim.measure
@@ -95,11 +96,12 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(statistics.fmean(values), deviation, tuple(values))
 
 
-def judge(claim: Claim, more: Mapping[int, float], less: Mapping[int, float]) -> Judged:
+def judge(claim: Claim, more: Mapping[int, float], less: Mapping[int, float], *, prompts: int) -> Judged:
     """Compare seed by seed.
 
-    An ordering appears when every seed has it and the mean difference is more than two of its standard
-    errors; likewise the opposite. Alike are two whose difference stays within the margin in every seed.
+    An ordering appears when every seed has it and the mean difference is more than two standard errors,
+    over seeds or over prompts, whichever is larger; likewise the opposite. Alike are two whose difference
+    stays within the margin in every seed.
     """
     seeds = sorted(more.keys() & less.keys())
     if not seeds:
@@ -110,9 +112,18 @@ def judge(claim: Claim, more: Mapping[int, float], less: Mapping[int, float]) ->
         inside = [abs(value) <= claim.alike for value in difference.values]
         verdict: Verdict = "appears" if all(inside) else "not clear" if any(inside) else "does not appear"
         return Judged(claim, verdict, *found)
-    clear = abs(difference.mean) > 2.0 * difference.deviation / math.sqrt(len(seeds))
+    over_seeds = difference.deviation / math.sqrt(len(seeds))
+    clear = abs(difference.mean) > 2.0 * max(over_seeds, _over_prompts(claim, found[0], found[1], prompts))
     if clear and all(value > 0 for value in difference.values):
         return Judged(claim, "appears", *found)
     if clear and all(value < 0 for value in difference.values):
         return Judged(claim, "the opposite appears", *found)
     return Judged(claim, "not clear", *found)
+
+
+def _over_prompts(claim: Claim, more: Spread, less: Spread, prompts: int) -> float:
+    """Standard error of the difference of two shares, each of `prompts` prompts in every seed; else 0."""
+    if claim.measure.figure not in ("greedy", "sampled"):
+        return 0.0
+    variance = sum(share.mean * (1.0 - share.mean) for share in (more, less))
+    return math.sqrt(variance / (prompts * len(more.values)))

@@ -182,6 +182,7 @@ ALIKE = replace(CLAIM, alike=0.05)
         (CLAIM, (0.5, 0.5, 0.6), (0.9, 0.8, 0.9), "the opposite appears"),
         (CLAIM, (0.9, 0.8, 0.5), (0.5, 0.5, 0.6), "not clear"),
         (CLAIM, (0.51, 0.90, 0.52), (0.5, 0.5, 0.5), "not clear"),
+        (CLAIM, (0.51, 0.52, 0.51), (0.5, 0.5, 0.5), "not clear"),
         (ALIKE, (0.91, 0.80, 0.90), (0.9, 0.84, 0.9), "appears"),
         (ALIKE, (0.91, 0.80, 0.90), (0.9, 0.94, 0.9), "not clear"),
         (ALIKE, (0.5, 0.5, 0.5), (0.9, 0.9, 0.9), "does not appear"),
@@ -191,7 +192,7 @@ ALIKE = replace(CLAIM, alike=0.05)
 def test_an_ordering_appears_when_every_seed_has_it_beyond_chance(
     claim: Claim, more: tuple[float, ...], less: tuple[float, ...], verdict: str
 ) -> None:
-    assert judge(claim, dict(enumerate(more)), dict(enumerate(less))).verdict == verdict
+    assert judge(claim, dict(enumerate(more)), dict(enumerate(less)), prompts=500).verdict == verdict
 
 
 PAGE = Experiment(
@@ -219,7 +220,7 @@ def test_the_page_is_made_of_the_figures(tmp_path: Path) -> None:
     left = {seed: known(0.80 + seed / 10, 1000) for seed in range(2)}
     right = {seed: known(0.50, 1020) for seed in range(2)}
     whole = replace(whole_of([], (0, 1), SIZES), arms=4, done=4, sources=("abc",))
-    findings = [Findings(PAGE, {"left": left, "right": right})]
+    findings = [Findings(PAGE, {"left": left, "right": right}, 500)]
     written = write(findings, whole, tmp_path)
     text = (tmp_path / "learning.md").read_text()
     assert text == page(findings, whole)
@@ -243,7 +244,7 @@ def test_a_page_of_a_part_says_so_and_unequal_tokens_are_named(tmp_path: Path) -
     text = page([found], whole)
     assert "Not complete: 1 of 2 arms" in text
     assert "not measured" in text
-    apart = Findings(PAGE, {"left": {0: known(0.8, 1000)}, "right": {0: known(0.5, 1500)}})
+    apart = Findings(PAGE, {"left": {0: known(0.8, 1000)}, "right": {0: known(0.5, 1500)}}, 500)
     assert "Not equal tokens: up to 40% apart" in page([apart], whole)
 
 

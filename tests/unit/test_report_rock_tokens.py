@@ -11,10 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.run_directory import rollout_line, step_line, write_run
+from support.training_groups import make_expectations, make_plan, scored_group
+from support.training_run import write_model
 
+from student_trainer.config import StudentSettings, TrainingSettings
+from student_trainer.learner import Learner
 from student_trainer.report.page import render
 from student_trainer.report.rock_tokens import FEWEST, divergence, find_rock_tokens, section
 from student_trainer.report.run_data import RolloutRecord, read_run
+from student_trainer.samples import write_samples
+from student_trainer.student import load_student
+from student_trainer.verify import verify_group
 
 STEPS = (0, 10, 20, 30, 40, 50)
 
@@ -92,3 +99,26 @@ def test_the_page_names_the_token_by_text_and_id(tmp_path: Path) -> None:
     row = re.search(r'<tr class="rock"><td>(.*?)</td><td>(\d+)</td>', page)
     assert row is not None
     assert row.groups() == ("9", "5")
+
+
+def test_what_a_trainer_records_is_enough(tmp_path: Path) -> None:
+    """Real steps of a real model: a loss on three positions leaves the later ones as they were."""
+    plan = make_plan(
+        support="teacher_topk", k=16, estimator="pathwise", tokens={"keep_first_n": 3}, divergence="jeffreys"
+    )
+    student = load_student(StudentSettings(model=str(write_model(tmp_path / "model", seed=1)), device="cpu"))
+    settings = TrainingSettings(steps=12, learning_rate=1e-2, warmup_steps=1)
+    learner = Learner(student, plan, settings)
+    directory = write_run(tmp_path / "run", [step_line(1)], [])
+    for step in range(12):
+        groups = [verify_group(scored_group(i, plan), make_expectations(plan), {}) for i in range(12)]
+        result = learner.step(groups, step, traces=True)
+        write_samples(directory / "samples", step, result, student.tokenizer, max_groups=12)
+    run = read_run(directory)
+    found = find_rock_tokens(run.rollouts)
+    assert found is not None
+    assert found.late_mean < found.early_mean, "the student came closer where it was trained"
+    recorded = [token for rollout in run.rollouts for token in rollout.token_ids]
+    assert {token.token_id for token in found.tokens} <= set(recorded)
+    assert sum(token.late.share for token in found.tokens) == pytest.approx(1.0)
+    assert "Rock tokens" in render(run)
