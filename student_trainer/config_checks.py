@@ -162,6 +162,8 @@ def _check_self_teachers(config: RunConfig, plan: Plan) -> None:
             "[self_teacher]: is set, but no view has weights that need such a teacher: initial, live, ema or "
             "checkpoint:PATH"
         )
+    if config.self_teacher.in_process:
+        _check_in_process(config)
     if config.run.deterministic and config.self_teacher.engine == "vllm":
         raise ValueError(
             '[run] deterministic: got true with [self_teacher] engine = "vllm", whose scores depend on what '
@@ -172,6 +174,16 @@ def _check_self_teachers(config: RunConfig, plan: Plan) -> None:
             f"objective.max_lag: got {plan.max_lag}; a deterministic run scores with the policy that "
             f"sampled, which is max_staleness = {staleness} behind: allowed: at least that"
         )
+
+
+def _check_in_process(config: RunConfig) -> None:
+    """While a model loads, its dtype is torch's default for the whole process, also for what trains there."""
+    for where, dtype in (("student", config.student.dtype), ("self_teacher", config.self_teacher.dtype)):
+        if dtype not in (None, "float32"):
+            raise ValueError(
+                f'[self_teacher] in_process: got true with [{where}] dtype = "{dtype}"; in one process with '
+                'the trainer everything is "float32", with in_process = false a process of its own scores'
+            )
 
 
 def _check_evaluation(config: RunConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,10 @@ from services.models.selfcheck import check_head, not_packable
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+# While transformers loads a model, torch's default dtype and some of transformers' own functions (tie_weights
+# among them) are others for the whole process; two loads at once would leave them so for good.
+_LOADING = threading.Lock()
 
 log = structlog.get_logger(__name__)
 
@@ -185,13 +190,14 @@ def resolve_device(name: str) -> torch.device:
 
 def _load_model(path_or_id: str | Path, dtype: torch.dtype | Literal["auto"], revision: str | None) -> Any:
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            str(path_or_id),
-            dtype=dtype,
-            revision=revision or "main",
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        with _LOADING:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                str(path_or_id),
+                dtype=dtype,
+                revision=revision or "main",
+                use_safetensors=True,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, KeyError) as error:
         raise invalid(f"model: could not load {str(path_or_id)!r}: {error}") from error
     wrong = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])

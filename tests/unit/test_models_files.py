@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -176,3 +177,23 @@ def test_weights_of_another_architecture_change_nothing(tmp_path: Path) -> None:
     with pytest.raises(TutelageError, match="another architecture"):
         load_weights(loaded.model, save_tiny_model(tmp_path / "other", "mixtral"))
     assert all(torch.equal(before[name], tensor) for name, tensor in loaded.model.state_dict().items())
+
+
+def test_models_that_load_in_several_threads_leave_one_another_and_torch_alone(tmp_path: Path) -> None:
+    """Transformers changes globals while it loads; a tied head would go missing, and tensors change type."""
+    tied = save_tiny_model(tmp_path / "tied", "gpt2")
+    expected = load_causal_lm(tied, device="cpu").model.state_dict()
+
+    def load(dtype: str) -> None:
+        model = load_causal_lm(tied, dtype=dtype, device="cpu").model
+        for _ in range(4):
+            load_weights(model, tied)
+        state = model.state_dict()
+        assert all(
+            torch.equal(state[name].float(), t.to(state[name].dtype).float()) for name, t in expected.items()
+        )
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(load, ["float32", "bfloat16"]))
+    assert torch.get_default_dtype() == torch.float32
+    load_causal_lm(tied, device="cpu")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +14,16 @@ import torch
 from safetensors.torch import load_file
 from support.rank_jobs import Job, make_learner, save_models
 from tutelage.v1.rollout_pb2 import SampleOrder
+from typer.testing import CliRunner
 
+from launcher.cli import app
 from launcher.doctor_checks import demands
 from launcher.model_facts import ModelFacts
 from launcher.self_teachers import teacher_settings
 from launcher.up import child_specs
 from services.models.channel import Channel
 from services.models.load import load_causal_lm
+from services.teacher.settings import TeacherSettings
 from student_trainer.channels import Channels
 from student_trainer.checkpoint import CheckpointStore
 from student_trainer.config import LoraSettings, RunConfig, parse_run_config
@@ -27,6 +33,7 @@ from student_trainer.policy_store import PolicyStore, content_stamp
 from student_trainer.resume import restore
 from student_trainer.sampler.policy import StudentPolicy
 
+GUIDE = Path(__file__).parents[2] / "docs" / "moving-teachers.md"
 OWN = {"before": "initial", "now": "live", "average": "ema", "old": "checkpoint:models/old"}
 
 
@@ -111,6 +118,8 @@ def test_the_doctor_counts_their_memory() -> None:
         ({"teachers": {"r.ema": {"model": "m"}}}, "[teachers.r.ema]: has the name of the teacher with"),
         ({"self_teacher": {"engine": "vllm"}, "run": {"deterministic": True}}, "[self_teacher] engine"),
         ({"self_teacher": {"engine": "vllm", "in_process": True}}, "has a process of its own"),
+        ({"self_teacher": {"in_process": True, "dtype": "bfloat16"}}, "got true with [self_teacher] dtype"),
+        ({"self_teacher": {"in_process": True}, "student": {"dtype": "bfloat16"}}, "with [student] dtype"),
         ({"objective": {"max_lag": 0}, "run": {"deterministic": True}}, "objective.max_lag: got 0"),
         ({"weights": {"b": "initial"}, "objective": {"ema_rate": 0.1}}, "objective.ema_rate: set to 0.1"),
         ({"weights": {"b": "initial"}, "objective": {"max_lag": 1}}, "objective.max_lag: set to 1"),
@@ -128,6 +137,24 @@ def test_somebody_elses_replica_of_own_weights_needs_but_its_address() -> None:
     config = make_config({"average": "ema"}, teachers={"r.ema": {"address": "10.0.0.7:50051"}})
     assert config.implied_teachers() == {}
     assert [s.role for s in child_specs(config, Path("x"), "redis://q")] == ["trainer", "sampler"]
+
+
+def test_what_the_guide_says_can_be_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    toml, command = re.findall(r"```(?:toml)?\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    document = tomllib.loads(toml)
+    config = parse_run_config(
+        {"student": {"model": "s"}, "data": {"task": "addition"}, "training": {"steps": 1}, **document}
+    )
+    assert config.plan().ema_rate == 0.05
+    assert [spec.name for spec in child_specs(config, Path("x"), "redis://q")][:2] == [
+        "run.ema-0",
+        "run.ema-1",
+    ]
+    started: list[TeacherSettings] = []
+    monkeypatch.setattr("services.teacher.process.main", started.append)
+    ran = CliRunner().invoke(app, shlex.split(command)[1:])
+    assert ran.exit_code == 0, ran.output
+    assert (started[0].follow, started[0].name, started[0].model) == (Path("RUN_DIR/ema"), "RUN.ema", None)
 
 
 @pytest.fixture(scope="module")
