@@ -208,6 +208,7 @@ async def _scorer(options: ScoreOptions, encoder: Encoder) -> AsyncIterator[Scor
     try:
         core = ScoringCore(engine, max_queued_tokens=2**62, max_message_bytes=2**31 - 1)
         core.open()
+        check_fingerprint(encoder, engine.identity.tokenizer_fingerprint)
         yield Scorer(partial(core.score, transport="queue"), engine.identity, engine.limits)
     finally:
         await engine.close()

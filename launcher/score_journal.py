@@ -39,7 +39,7 @@ class Journal:
         self._file = self.path.open("a+b")
         try:
             self._lock(output)
-            self.done = self._continue(output, header)
+            self.done = self._continue(output, json.loads(_json(header)))  # as it reads when it is read
         except BaseException:
             self._file.close()
             raise
@@ -76,12 +76,15 @@ class Journal:
 
     def _continue(self, output: Path, header: dict[str, Any]) -> int:
         """Lines that are answered already; what is torn is cut off."""
-        found = next(self._records(), None)
-        if found is None:
+        whole = done = 0
+        for number, record in enumerate(self._records()):
+            whole += _LENGTH + _CHECK + len(record)
+            done += len(pb.ScoreResponse.FromString(record).sequences) if number else 0
+        if not done:  # nothing would be lost
             self._file.truncate(0)
             self._write(_json(header))
             return 0
-        began: dict[str, Any] = json.loads(found)
+        began: dict[str, Any] = json.loads(next(self._records()))
         different = sorted(name for name in {*began, *header} if began.get(name) != header.get(name))
         if different:
             raise TutelageError(
@@ -89,10 +92,6 @@ class Journal:
                 f"{self.path} holds an unfinished run for {output} with another "
                 f"{', '.join(different)}; delete it, or choose another --output",
             )
-        whole, done = 0, 0
-        for number, record in enumerate(self._records()):
-            whole += _LENGTH + _CHECK + len(record)
-            done += len(pb.ScoreResponse.FromString(record).sequences) if number else 0
         self._file.truncate(whole)
         return done
 

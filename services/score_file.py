@@ -27,6 +27,11 @@ GROUP_ROWS, GROUP_BYTES = 1024, 8 * 2**20  # of one row group, whichever comes f
 GROUPS_HELD = 8  # row groups that a reader keeps
 _PLAIN = ("id", "error", "sampling_temperature", "finished", "example")
 
+# Signals that a file either was written with or does not have.
+_AS_WRITTEN = sorted(
+    set(Signal.__slots__) - {"sampled", "top_k", "candidates", "entropy", "temperature", "encoding"}
+)
+
 Float32Array = npt.NDArray[np.float32]
 
 
@@ -54,9 +59,8 @@ class ScoreHeader:
         if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
             raise ValueError(f"not a header of format {FORMAT}")
         try:
-            return cls(
-                Identity(**document["identity"]), Signal(**document["signal"]), str(document["written_by"])
-            )
+            signal = {key: tuple(v) if isinstance(v, list) else v for key, v in document["signal"].items()}
+            return cls(Identity(**document["identity"]), Signal(**signal), str(document["written_by"]))
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a header: {error}") from error
 
@@ -184,6 +188,7 @@ def check_signal(path: Path, header: ScoreHeader, signal: Signal) -> None:
         ("sampled", signal.sampled and not has.sampled),
         ("entropy", signal.entropy and not has.entropy),
         ("top_k", signal.top_k > has.top_k),
+        *((other, getattr(signal, other) != getattr(has, other)) for other in _AS_WRITTEN),
     ):
         if lacks:
             raise invalid(f"signal.{name}: got {getattr(signal, name)}, {path} has {getattr(has, name)}")

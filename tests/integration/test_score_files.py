@@ -180,6 +180,17 @@ def test_a_journal_of_something_else_is_refused_and_left(
     assert len(ScoreFile(output)) == len(ROWS)
 
 
+def test_a_journal_without_an_answer_holds_nobody_up(
+    replica: TeacherProcess, tmp_path: Path, source: Path
+) -> None:
+    output = tmp_path / "scores.parquet"
+    with pytest.raises(TutelageError, match=r"signal\.temperature"):
+        score_file(source, options(replica, output, signal=Signal(temperature=-1.0)))
+    with pytest.raises(TutelageError, match=r"signal\.top_k"):
+        score_file(source, options(replica, output, signal=Signal(top_k=33)))
+    assert score_file(source, options(replica, output)) == 0
+
+
 def test_two_commands_do_not_write_one_file(replica: TeacherProcess, tmp_path: Path, source: Path) -> None:
     from launcher.score_journal import Journal
 
@@ -289,6 +300,8 @@ async def test_what_the_file_does_not_hold_fails_alone_and_says_what_was_asked(e
         (Signal(temperature=0.5), "signal.temperature: got 0.5, .* was scored at 1.0"),
         (Signal(top_k=4), "signal.top_k: got 4, .* has 3"),
         (Signal(candidates=True), "signal.candidates: got true"),
+        (Signal(hidden_layers=(1,)), r"signal\.hidden_layers: got \(1,\), .* has \(\)"),
+        (Signal(sampled=False, judgement=True), "signal.judgement: got True, .* has False"),
     ],
 )
 async def test_a_signal_that_the_file_cannot_answer_is_refused(
