@@ -57,6 +57,10 @@ def _stamp(config: RunConfig) -> Callable[[Path], str]:
     return content_stamp if config.run.deterministic else fresh_stamp
 
 
+class OldWeightsError(RefusedGroupError):
+    """Scored by the right weights, which have grown too old since: as with staleness, nothing is wrong."""
+
+
 @dataclass(frozen=True, slots=True)
 class WeightsRule:
     """Which published weights may have scored what is trained.
@@ -88,7 +92,7 @@ class WeightsRule:
             if self.deterministic and version != group.policy_version:
                 raise RefusedGroupError("weights", f"{where}, needs exactly {group.policy_version}")
             if ledger.step - version > self.max_lag:
-                raise RefusedGroupError(
+                raise OldWeightsError(
                     "weights",
                     f"{where}, {ledger.step - version} updates behind version {ledger.step}; max_lag is "
                     f"{self.max_lag}",

@@ -12,7 +12,7 @@ from tutelage_client.errors import TutelageError
 
 from services.logs import about
 from services.queue import ScoredGroup, ScoredReader
-from student_trainer.channels import WeightsRule, max_lag
+from student_trainer.channels import OldWeightsError, WeightsRule, max_lag
 from student_trainer.config import RunConfig
 from student_trainer.ledger import Ledger
 from student_trainer.lineage import updates_between
@@ -188,7 +188,8 @@ class Collector:
                 "takes no other group in its place",
             )
         self._ledger.drop(index, reason)
-        if reason != "stale" and index >= self._ordered_now_from:
+        aged = reason == "stale" or isinstance(refused, OldWeightsError)
+        if not aged and index >= self._ordered_now_from:
             self._refused_in_a_row += 1
             if self._refused_in_a_row >= max(self._per_step, 8):
                 raise TutelageError(
