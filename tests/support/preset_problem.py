@@ -82,7 +82,7 @@ def random_problem() -> Problem:
         views=tuple(random_logits(T, seed).log_softmax(-1) for seed in (2, 3, 6)),
         sampled=sampled,
         behaviour=own + 0.8 * random_logits(1, 5, T)[0],
-        old=own + 0.5 * random_logits(1, 7, T)[0],
+        old=own + 1.5 * random_logits(1, 7, T)[0],
         lengths=LENGTHS,
         advantage=torch.where(in_first, 1.0, -0.5).double(),
         paid=torch.where(in_first, 1.0, 0.0).double(),
