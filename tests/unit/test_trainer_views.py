@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.training_groups import (
@@ -244,6 +245,22 @@ def test_response_that_one_view_could_not_score_goes_on_beside_its_siblings() ->
     assert loss_of(micro_batch, plan)[2]["renormalised"] == 3
     dropping = make_plan(PAIR, target="losses")
     assert verify(group, dropping, scores).places == (1,), "which is what happens without the setting"
+
+
+@pytest.mark.parametrize(("how", "trained"), [("drop", 7), ("renormalise", 8)])
+def test_position_that_one_view_could_not_score(how: str, trained: int) -> None:
+    plan = make_plan(PAIR, target="losses", missing_view=how)
+    group = make_group(0, plan, lengths=(3, 5))
+    scores = pair_scores(group, plan, "maths", "prose")
+    first = scores["prose"].sequences[0]
+    valid = np.array([True, False, True])
+    scores["prose"] = replace(
+        scores["prose"], sequences=(replace(first, valid=valid), scores["prose"].sequences[1])
+    )
+    (micro_batch,) = pack_step([verify(group, plan, scores)], plan, 100)
+    assert int(micro_batch.tokens.mask.sum()) == trained
+    metrics = loss_of(micro_batch, plan)[2]
+    assert (metrics["positions"], metrics.get("renormalised", 0)) == (trained, trained - 7)
 
 
 def test_group_is_dropped_where_no_view_answered_or_the_plan_says_so() -> None:
