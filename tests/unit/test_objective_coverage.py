@@ -13,7 +13,16 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from support.tabular import DIVERGENCES, ENDS, label, make_plan, random_logits, share
+from support.tabular import (
+    DIVERGENCES,
+    ENDS,
+    V,
+    expected_gradient,
+    label,
+    make_plan,
+    random_logits,
+    share,
+)
 from torch import Tensor
 
 from student_trainer.objective.compile import Plan
@@ -22,6 +31,8 @@ from student_trainer.objective.settings import (
     Divergence,
     Estimator,
     ObjectiveError,
+    Ratio,
+    RatioGate,
     ScoreWeight,
     Support,
     Tail,
@@ -254,3 +265,32 @@ def test_the_wrong_variants_are_among_them_and_warn() -> None:
     wrong = [plan for plan, _, _ in ACCEPTED if any(p in w for p in BIASED for w in plan.warnings)]
     assert {(plan.tail, plan.score_weight) for plan in wrong if plan.k} == {("raw", "exact")}
     assert {plan.score_weight for plan in wrong if not plan.k} == {"stopped"}
+
+
+@pytest.mark.parametrize("ratio", get_args(Ratio))
+def test_a_factor_on_the_reward_pulls_where_the_reward_says_nothing_and_warns_unless_gated(
+    ratio: str,
+) -> None:
+    """Reward 1 or −1 by a coin: what is right does not move. The gate leaves about half of the pull."""
+    names = ("a", "b") if ratio == "first_over_second" else ("a",)
+    views = {name: {"weights": f"teacher:{name}"} for name in names}
+    logits = random_logits(1, 91)[0]
+    log_qs = {name: random_logits(1, 92 + i)[0].log_softmax(-1) for i, name in enumerate(names)}
+    pulls = {}
+    for gate in get_args(RatioGate):
+        settings: dict[str, Any] = {"mix": "multiply", "ratio": ratio, "ratio_gate": gate, "ratio_clip": 0.5}
+        plan = make_plan(**settings, views=views)
+        gradients = [
+            expected_gradient(plan, logits, logits.log_softmax(-1), log_qs, torch.full((V,), reward))
+            for reward in (1.0, -1.0)
+        ]
+        pulls[gate] = float(sum(gradients).norm() / 2)  # type: ignore[union-attr]
+        assert any("pulls on tokens" in warning for warning in plan.warnings) == (gate == "none")
+    alone = make_plan(mix="add", distill_coefficient=0.0)
+    coin = [
+        expected_gradient(alone, logits, logits.log_softmax(-1), {}, torch.full((V,), reward))
+        for reward in (1.0, -1.0)
+    ]
+    assert float(sum(coin).norm()) < 1e-12  # type: ignore[union-attr]
+    assert pulls["none"] > 1e-2
+    assert pulls["rewarded"] < 0.75 * pulls["none"]
