@@ -79,8 +79,8 @@ NEW, OLD = Measure("sampled", SUBTRACTION), Measure("sampled", ADDITION)
 SECOND_SKILL = Experiment(
     name="d-second-skill",
     title="Subtraction after addition, with forgetting measured",
-    question="The student adds, and then learns subtraction from prompts of subtraction alone. What is left "
-    "of its addition?",
+    question="The student adds, forgets to borrow when it subtracts, and learns better from prompts of "
+    "subtraction alone. What is left of its addition?",
     sets=(Answered(SUBTRACTION), Answered(ADDITION)),
     arms=(
         _learner("from oneself with the solution", told(TOLD_THE_SOLUTION)),
@@ -105,7 +105,7 @@ SECOND_SKILL = Experiment(
         ),
     ),
     notes=(
-        "The start was never shown how to subtract; it can repeat a solution that stands before the prompt.",
+        "The start forgets four borrows in five. It can repeat a solution that stands before the prompt.",
     ),
 )  # fmt: skip
 

@@ -88,13 +88,14 @@ MODELS: Mapping[str, ModelSpec] = {
             Part(0.15, ADDITION, given="result", jumps=True),
         ),
     ),
-    # Adds; subtracts only by repeating a solution that it is shown.
+    # Adds; subtracts sloppily, and well only by repeating a solution that it is shown.
     "learner": ModelSpec(
         replace(_SMALL, steps=1200),
         (
-            Part(0.6, ADDITION),
-            Part(0.2, ADDITION, given="solution"),
-            Part(0.2, SUBTRACTION, given="solution"),
+            Part(0.5, ADDITION),
+            Part(0.2, SUBTRACTION, forgotten=_SLOPPY, examples=4000),
+            Part(0.15, ADDITION, given="solution"),
+            Part(0.15, SUBTRACTION, given="solution"),
         ),
     ),
 }
