@@ -17,7 +17,7 @@ from student_trainer.channels import channels_of
 from student_trainer.collect import Collector
 from student_trainer.config import RunConfig, parse_run_config
 from student_trainer.ledger import Ledger
-from student_trainer.lineage import Stretch, to_proto
+from student_trainer.lineage import Lineage, Stretch, to_proto
 from student_trainer.pacing import REPLACEMENTS_FROM, Pacer
 from student_trainer.sampler.pins import TeacherPins
 from student_trainer.verify import Expectations, TrainingGroup
@@ -59,6 +59,7 @@ class Trained:
 
     queue: Queue
     config: RunConfig
+    lineage: Lineage = LINEAGE
     said: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -66,7 +67,7 @@ class Trained:
         self.channels = channels_of(self.plan, RUN)
         (self.teacher,) = self.channels
         published = {channel: dict(KNOWN) for channel in ("ema", "live")} | {"initial": {0: "zero"}}
-        self.ledger = Ledger(settings={}, step=STEP, lineage=LINEAGE, publications=published)
+        self.ledger = Ledger(settings={}, step=STEP, lineage=self.lineage, publications=published)
         # Through its checkpoint: numbers stay numbers.
         self.ledger = Ledger.from_json(self.ledger.to_json())
         self.collector = Collector(
@@ -85,7 +86,7 @@ class Trained:
         """A group whose only view was scored by these weights."""
         _, signal = self.plan.view_requests["self"]
         group = make_group(index, self.plan, version=sampled_by)
-        group.lineage.extend(to_proto(LINEAGE))
+        group.lineage.extend(to_proto(self.lineage))
         request = ViewRequest(
             view="self",
             teacher=self.teacher,
@@ -152,6 +153,22 @@ async def test_the_lag_that_is_allowed_is_a_setting(queue: Queue, allowed: int) 
     assert [group.scored_by["self"].weights_version for group in groups] == (
         [5, 5] if not allowed else [3, 4]
     )
+
+
+async def test_weights_that_grew_too_old_are_no_sign_that_something_is_wrong(queue: Queue) -> None:
+    """With max_lag below max_staleness all groups that were ordered ahead are refused, step after step."""
+    queue._max_queued_tokens = 10_000
+    trained = Trained(queue, make_config(max_lag=0), lineage=LINEAGE[:1])  # never resumed
+    for index in range(20):
+        await trained.score(index, 4, "four", sampled_by=4)
+    for index in (20, 21):
+        await trained.score(index, 5, "five")
+    assert {group.index for group in await trained.collect()} == {20, 21}
+    assert trained.ledger.drop_counts == {"weights": 20}
+    for index in range(30, 38):
+        await trained.score(index, *SCORED_BY["a version of a trainer that was killed"])
+    with pytest.raises(TutelageError, match="8 groups in a row were refused"):
+        await trained.collect()
 
 
 async def test_initial_weights_do_not_age_but_must_be_those_of_this_run(queue: Queue) -> None:
