@@ -44,6 +44,12 @@ def max_lag(plan: Plan, max_staleness: int) -> int:
     return max_staleness if plan.max_lag is None else plan.max_lag
 
 
+def withdraw(run_directory: Path) -> None:
+    """Delete every publication: a run that begins has made none, and another one's have the same numbers."""
+    for channel in DIRECTORIES:
+        PolicyStore(channel_directory(run_directory, channel)).discard_above(-1)
+
+
 def publish_initial(config: RunConfig, learner: Learner) -> None:
     """Publish the student as it is now, before training, where that is wanted and was not done."""
     if "initial" in channels_of(learner.plan, config.run.name).values():

@@ -8,7 +8,7 @@ from typing import Any
 import structlog
 from tutelage_client.errors import TutelageError
 
-from student_trainer.channels import channels_of, publish_initial
+from student_trainer.channels import channels_of, publish_initial, withdraw
 from student_trainer.checkpoint import CheckpointStore
 from student_trainer.config import RunConfig
 from student_trainer.learner import Learner
@@ -38,6 +38,7 @@ def restore(config: RunConfig, checkpoints: CheckpointStore, learner: Learner) -
             )
         first_evaluation = [0] if config.training.evaluate_every else []
         ledger = Ledger(settings=fixed, pending_evaluations=first_evaluation)
+        withdraw(config.run.directory)
         publish_initial(config, learner)
         checkpoints.save(learner.state_tensors(), ledger)
         ledger.lineage = continued((), 0)

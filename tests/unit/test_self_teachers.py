@@ -202,6 +202,24 @@ def test_initial_weights_are_published_once_also_by_a_trainer_that_resumes(
     assert all(torch.equal(tensor, before[name]) for name, tensor in again.items())
 
 
+def test_a_run_that_begins_anew_has_nothing_of_the_one_before_it(models: Path, tmp_path: Path) -> None:
+    """Its checkpoints are gone and its student is another; the channels still hold the old one's weights."""
+    wanted = {"before": "initial", "average": "ema", "now": "live"}
+    for start in range(2):
+        config, learner = make_run(models, tmp_path / "run", JOB, wanted)
+        with torch.no_grad():
+            for _, parameter in learner.student.trained():
+                parameter.add_(0.1 * start)
+        for _, average in learner.ema.averages.items() if learner.ema else ():
+            average.add_(0.1 * start)
+        checkpoints = CheckpointStore(tmp_path / f"checkpoints-{start}")
+        Channels(config, learner, restore(config, checkpoints, learner)).begin()
+    expected = learner.student.weights()
+    for channel in ("initial", "ema", "policy"):
+        found = load_file(tmp_path / "run" / channel / "v00000000/model.safetensors")
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items()), channel
+
+
 def test_channels_write_down_what_may_still_be_scored_with(models: Path, tmp_path: Path) -> None:
     config, learner = make_run(models, tmp_path / "run", JOB, {"average": "ema"})
     ledger = restore(config, CheckpointStore(tmp_path / "run" / "checkpoints"), learner)
