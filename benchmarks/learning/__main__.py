@@ -81,13 +81,22 @@ def whole_of(tasks: Sequence[Task], seeds: tuple[int, ...], sizes: Sizes) -> rep
         done=len(results),
         seconds=_covered([(result["began"], result["ended"]) for result in results]),
         cpu_seconds=sum(result["cpu_seconds"] for result in results),
-        sources=tuple(sorted({result["source"] for result in results})),
+        sources=_sources(arms),
         model_cpu_seconds=sum(
             read_result(costs_path(task.path))["cpu_seconds"]
             for task in tasks
             if not task.arm and costs_path(task.path).exists()
         ),
     )
+
+
+def _sources(arms: Sequence[Task]) -> dict[str, list[str]]:
+    """The code's versions, each with the letters of the experiments of which it made an arm."""
+    made: dict[str, set[str]] = {}
+    for task in arms:
+        if task.done:
+            made.setdefault(read_result(task.path)["source"], set()).add(task.experiment[0])
+    return {source: sorted(made[source]) for source in sorted(made)}
 
 
 def _covered(spans: Sequence[tuple[float, float]]) -> float:

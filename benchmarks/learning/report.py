@@ -37,7 +37,7 @@ class Whole:
     seconds: float  # wall time, over however many calls
     cpu_seconds: float
     model_cpu_seconds: float  # of training the models, which are kept between calls
-    sources: tuple[str, ...]  # commits of the code that made the results
+    sources: Mapping[str, Sequence[str]]  # commit of the code → letters of the experiments that it made
 
     @property
     def complete(self) -> bool:
@@ -54,12 +54,13 @@ def page(findings: Sequence[Findings], whole: Whole) -> str:
 def _preamble(whole: Whole) -> str:
     steps, responses = whole.sizes.steps, whole.sizes.responses
     state = (
-        f"Complete: {whole.done} arms."
-        if whole.complete
-        else f"**Not complete: {whole.done} of {whole.arms} arms"
-        + ("" if len(whole.sources) < 2 else f", of {len(whole.sources)} versions of the code")
-        + ".**"
+        f"All {whole.done} arms are done."
+        if whole.done == whole.arms
+        else f"**Not complete: {whole.done} of {whole.arms} arms are done.**"
     )
+    if len(whole.sources) > 1:
+        told = "; ".join(f"code {source} made {', '.join(names)}" for source, names in whole.sources.items())
+        state += f" **Not one run: {told}.**"
     return (
         "Written by `python -m benchmarks.learning`, figures, words and verdicts alike. "
         f"{state} Every arm trains a model of 0.2M parameters for {steps} steps of {responses} responses; "
@@ -227,7 +228,7 @@ def summary(findings: Sequence[Findings], whole: Whole) -> dict[str, Any]:
         "arms": whole.done,
         "complete": whole.complete,
         "minutes": round(whole.seconds / 60, 1),
-        "sources": list(whole.sources),
+        "sources": dict(whole.sources),
         "written": time.strftime("%Y-%m-%d", time.gmtime()),
     }
 

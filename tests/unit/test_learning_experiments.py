@@ -219,12 +219,13 @@ def known(sampled: float, tokens: int) -> dict[str, Any]:
 def test_the_page_is_made_of_the_figures(tmp_path: Path) -> None:
     left = {seed: known(0.80 + seed / 10, 1000) for seed in range(2)}
     right = {seed: known(0.50, 1020) for seed in range(2)}
-    whole = replace(whole_of([], (0, 1), SIZES), arms=4, done=4, sources=("abc",))
+    whole = replace(whole_of([], (0, 1), SIZES), arms=4, done=4, sources={"abc": ["x"]})
     findings = [Findings(PAGE, {"left": left, "right": right}, 500)]
     written = write(findings, whole, tmp_path)
     text = (tmp_path / "learning.md").read_text()
     assert text == page(findings, whole)
-    assert "Complete: 4 arms." in text
+    assert "All 4 arms are done." in text
+    assert "Code abc;" in text
     assert "| left | 90.0 ± 7.1 | 85.0 ± 7.1 | 13.5 ± 0.0 | 1,000 | 1,000 | 10 | 2 |" in text
     assert "| *before: sloppy* | 90.0 ± 7.1 | 20.0 ± 0.0 | 13.5 ± 0.0 |  |  |  |  |" in text
     assert "left 85.0 ± 7.1, right 50.0 ± 0.0" in text
@@ -242,8 +243,10 @@ def test_a_page_of_a_part_says_so_and_unequal_tokens_are_named(tmp_path: Path) -
     assert found.seeds(arm.name) == [0]
     whole = whole_of(plan_tasks([PAGE], [0], tmp_path, SIZES), (0,), SIZES)
     text = page([found], whole)
-    assert "Not complete: 1 of 2 arms" in text
+    assert "Not complete: 1 of 2 arms are done" in text
     assert "not measured" in text
+    two = page([found], replace(whole, sources={"abc": ["x"], "def": ["y", "z"]}))
+    assert "Not one run: code abc made x; code def made y, z." in two
     apart = Findings(PAGE, {"left": {0: known(0.8, 1000)}, "right": {0: known(0.5, 1500)}}, 500)
     assert "Not equal tokens: up to 40% apart" in page([apart], whole)
 
