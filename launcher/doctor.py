@@ -16,6 +16,7 @@ from launcher.doctor_checks import (
     check_adapters,
     check_budgets,
     check_data,
+    check_hidden,
     check_lengths,
     check_match,
     check_memory,
@@ -32,7 +33,7 @@ from services.logs import log_to_stderr
 if TYPE_CHECKING:
     from tutelage_client.types import Limits
 
-    from student_trainer.config import RunConfig
+    from student_trainer.config import RunConfig, TeacherEntry
 
 MARKS = {
     "ok": "[green]ok[/]",
@@ -41,6 +42,7 @@ MARKS = {
     "unknown": "[blue]?[/]",
 }
 PATIENCE_SECONDS = 5.0
+UNKNOWN_LAYERS = 2**31 - 1  # of a model that is not here
 
 
 def run_doctor(run_file: Path, *, download: bool, token: str | None, queue_url: str | None = None) -> int:
@@ -77,13 +79,13 @@ def examine(config: RunConfig, *, download: bool, token: str | None) -> Iterator
         if entry.address is not None:
             yield from _ask(name, entry.address, token, models.student, limits)
         else:
-            mine = replace(_default_limits(), judge=entry.judge is not None)
-            limits[name] = cached_limits(config, name, mine)
+            limits[name] = cached_limits(config, name, _limits(entry, models.teachers.get(name)))
             if models.student is not None and name in models.teachers and entry.judge is None:
                 yield from check_match(models.student, name, models.teachers[name])
     yield from check_adapters(config)
     yield from check_scores(config, models.student)
     yield from check_objective(config, limits)
+    yield from check_hidden(config, models.student, models.teachers)
     yield from check_views(config, models.student, models.teachers)
     for name, facts in models.named():
         yield from check_lengths(config, name, facts)
@@ -129,6 +131,14 @@ class _Models:
         )
         self.findings.append(Finding("ok", subject, f"{model}: {facts.architecture}, {size} parameters"))
         return facts
+
+
+def _limits(entry: TeacherEntry, facts: ModelFacts | None) -> Limits:
+    """Of a teacher that `tutelage up` starts; hidden states are answered by one engine alone."""
+    layers = 0
+    if entry.engine == "transformers" and entry.judge is None:
+        layers = UNKNOWN_LAYERS if facts is None else facts.layers
+    return replace(_default_limits(), judge=entry.judge is not None, hidden_layers=layers)
 
 
 def _default_limits() -> Limits:

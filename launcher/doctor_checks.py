@@ -150,6 +150,23 @@ def check_adapters(config: RunConfig) -> Iterator[Finding]:
             yield Finding("ok", subject, f"share each of {replicas.entry.replicas} vLLM engines")
 
 
+def check_hidden(
+    config: RunConfig, student: ModelFacts | None, teachers: dict[str, ModelFacts]
+) -> Iterator[Finding]:
+    """Hidden states that are compared have to be of one width, and of layers that both have."""
+    plan = config.plan()
+    if plan.hidden is None or student is None:
+        return
+    if plan.hidden.layers[-1] > student.layers:
+        message = f"layer {plan.hidden.layers[-1]} is asked for, the student has {student.layers}"
+        yield Finding("fail", "objective.hidden", message)
+    for name in plan.scoring_teachers:
+        facts = teachers.get(name)
+        if facts is not None and facts.width != student.width:
+            message = f"states of {name} have {facts.width} numbers, the student's {student.width}"
+            yield Finding("fail", "objective.hidden", message)
+
+
 def check_lengths(config: RunConfig, name: str, facts: ModelFacts) -> Iterator[Finding]:
     """A response of full length must fit into the model's positions."""
     wanted = config.sampling.max_new_tokens + (config.data.max_prompt_tokens or 0)

@@ -22,6 +22,8 @@ class ModelFacts:
     max_tokens: int | None
     tokenizer_size: int | None  # ids the tokenizer can produce; None without a tokenizer
     fingerprint: str | None
+    layers: int = 0
+    width: int = 0  # numbers of a hidden state
 
 
 def read_facts(model: str, revision: str | None, *, download: bool) -> ModelFacts:
@@ -53,6 +55,8 @@ def read_facts(model: str, revision: str | None, *, download: bool) -> ModelFact
         max_tokens=getattr(text, "max_position_embeddings", None),
         tokenizer_size=None if tokenizer is None else max(tokenizer.get_vocab().values()) + 1,
         fingerprint=None if tokenizer is None else tokenizer_fingerprint(tokenizer),
+        layers=int(getattr(text, "num_hidden_layers", 0)),
+        width=int(getattr(text, "hidden_size", 0)),
     )
 
 

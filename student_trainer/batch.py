@@ -257,6 +257,7 @@ def _view(view: str, part: Sequence[Member], plan: Plan) -> ViewTensors:
     return ViewTensors(
         sampled=_joined([_masked(s, s.sampled) for _, s in scores]) if signal.sampled else None,
         entropy=_joined([_masked(s, s.entropy) for _, s in scores]) if signal.entropy else None,
+        hidden=_joined([_states(s) for _, s in scores]) if signal.hidden_layers else None,
         support_ids=_joined([_padded(ids, width, PAD_ID) for ids, _ in supports]) if supports else None,
         support_logprobs=_joined([_padded(q, width, np.nan) for _, q in supports]) if supports else None,
     )
@@ -296,6 +297,12 @@ def _support(
         ids.append(candidates)
         logprobs.append(_masked(score, score.candidate_logprobs))
     return np.concatenate(ids, axis=1), np.concatenate(logprobs, axis=1)
+
+
+def _states(score: SequenceScore) -> npt.NDArray[np.float16]:
+    """float16 [R, L, H] with NaN where the engine had no score."""
+    assert score.hidden is not None  # verified
+    return np.where(_valid(score)[:, None, None], score.hidden, np.float16(np.nan)).astype(np.float16)
 
 
 def _masked(score: SequenceScore, values: npt.NDArray[np.floating] | None) -> npt.NDArray[np.float32]:

@@ -49,11 +49,11 @@ def step_record(
     sums = dict(result.sums)
     counts = {name: sums.pop(name) for name in list(sums) if name.startswith("dropped_") or name in COUNTED}
     monitored, known = sums.pop("monitored", 0.0), sums.pop("entropy_known", 0.0)
-    consistent = sums.pop("consistent", 0.0)
+    consistent, states = sums.pop("consistent", 0.0), sums.pop("hidden_positions", 0.0)
     record: dict[str, float] = {"step": ledger.step, "policy_version": ledger.step, "loss": result.loss}
     for name, total in sums.items():
         share = monitored if name in ("sampled_kl", "teacher_logprob") else positions
-        share = {"teacher_entropy": known, "consistency": consistent}.get(name, share)
+        share = {"teacher_entropy": known, "consistency": consistent, "hidden": states}.get(name, share)
         if share:
             record[name] = total / share
     on_policy = all(group.sampled_by == "student" for group in groups)

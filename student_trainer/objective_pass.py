@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from tutelage_client.errors import invalid
 
 from services.models.head import head_of
-from services.models.packed import PackedLayout, hidden_states
+from services.models.packed import PackedLayout, layer_states
 from student_trainer.objective.batch import Head, TokenBatch
 from student_trainer.objective.compile import Plan
 from student_trainer.objective.consistency import consistency_loss
+from student_trainer.objective.hidden import hidden_loss
 from student_trainer.objective.loss import LossOutput, NonFiniteStudentError, objective_loss, student_logprobs
 from student_trainer.objective.settings import ObjectiveError
 from student_trainer.student import Student
@@ -62,7 +63,9 @@ class ObjectivePass(nn.Module):
         """
         device = layout.input_ids.device
         with torch.autocast(device.type, self._dtype, enabled=self._dtype != torch.float32):
-            hidden = hidden_states(self.model, layout)
+            hidden, layers = layer_states(
+                self.model, layout, () if plan.hidden is None or task == "old" else plan.hidden.layers
+            )
         head = head_of(self.model)
         # The auxiliary loss's rows come after those of the batch's positions.
         rows, positions = hidden[layout.score_rows], len(tokens.sampled_ids)
@@ -87,6 +90,13 @@ class ObjectivePass(nn.Module):
             if plan.auxiliary is not None and len(others):
                 own = Head(head.weight, head.bias, head.softcap, head.scale)
                 output = _with(output, consistency_loss(scored, others, own, tokens, plan))
+            if plan.hidden is not None:
+                places = layout.score_rows[:positions]
+                states = {layer: found[places] for layer, found in layers.items()}
+                beside = hidden_loss(states, tokens, plan)
+                output = replace(
+                    output, loss=output.loss + beside.loss, metrics=output.metrics | beside.metrics
+                )
         except ObjectiveError as error:  # of what a function of the user's returned
             raise invalid(str(error)) from error
         except NonFiniteStudentError as error:

@@ -208,6 +208,7 @@ def _expectations(config: RunConfig, plan: Plan, student: Student) -> Expectatio
         tokenizer_fingerprint=student.fingerprint,
         fake_teachers=frozenset(name for name, entry in config.teachers.items() if entry.engine == "fake"),
         channels=channels_of(plan, config.run.name),
+        hidden_size=student.model.config.get_text_config().hidden_size,
     )
 
 

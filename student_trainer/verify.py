@@ -106,6 +106,7 @@ class Expectations:
     tokenizer_fingerprint: str
     fake_teachers: frozenset[str] = frozenset()  # they have no tokenizer to compare
     channels: Mapping[str, str] = field(default_factory=dict)  # of the teachers whose weights move
+    hidden_size: int = 0  # of the student; needed with the plan's hidden
 
 
 def verify_group(
@@ -274,6 +275,7 @@ def _verify_view(
             _verify_judgement(where, found)
         elif found.error is None:
             _verify_arrays(where, found, rollout, signal)
+            _verify_hidden(where, found, len(signal.hidden_layers), expected.hidden_size)
         usable = found.error is None and signal.top_k > 0
         verified.append(_restrict_support(where, found, expected.vocab_size) if usable else found)
     return tuple(verified)
@@ -344,6 +346,15 @@ def _verify_arrays(where: str, score: SequenceScore, rollout: TrainingRollout, s
             raise _shape(
                 f"{where}.{name}: got shape {None if array is None else array.shape}, expected {shape}"
             )
+
+
+def _verify_hidden(where: str, score: SequenceScore, layers: int, size: int) -> None:
+    """Of the student's width: there is no projection between states of two widths."""
+    if not layers:
+        return
+    wanted, got = (score.num_positions, layers, size), None if score.hidden is None else score.hidden.shape
+    if got != wanted:
+        raise _shape(f"{where}.hidden: got shape {got}, the student's states are {wanted}")
 
 
 def _verify_judgement(where: str, score: SequenceScore) -> None:

@@ -23,6 +23,7 @@ class ViewTensors:
     support_ids: Tensor | None = None  # int64 [T, K], PAD_ID where there is none, no id twice in a row
     support_logprobs: Tensor | None = None  # f32 [T, K]; anything at pads
     entropy: Tensor | None = None  # f32 [T]
+    hidden: Tensor | None = None  # f16 [T, L, H], unit vectors of the plan's layers
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> ViewTensors:
         """The same scores with `change` made to every tensor."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from tutelage_client.types import Limits, Signal
@@ -82,6 +82,7 @@ def compile_plan(
     views = {view: row.views[view].coefficient if row.views else 1.0 for view in names}
     if needs_teacher:
         check_views(row, divergence, views)
+    _check_hidden(row, views)
     truncated = needs_teacher and row.support in TRUNCATED
     k = (row.k or DEFAULT_K) if truncated else 0
     signal = _signal(row, k, temperature)
@@ -130,6 +131,7 @@ def compile_plan(
         log_ratio=row.log_ratio or "behaviour",
         guided=guided,
         auxiliary=row.auxiliary,
+        hidden=row.hidden,
         custom=custom,
         view_clips={name: view.clip for name, view in row.views.items() if view.clip is not None},
         contexts={
@@ -171,6 +173,11 @@ def check_limits(plan: Plan, teacher: str, limits: Limits) -> list[str]:
                 f"{where}: k = {plan.student_candidates} asks for candidates above the teacher's limit "
                 f"{limits.max_candidates}"
             )
+        if signal.hidden_layers and signal.hidden_layers[-1] > limits.hidden_layers:
+            problems.append(
+                f"{where}: objective.hidden asks for layer {signal.hidden_layers[-1]}, the teacher answers "
+                f"{limits.hidden_layers} layers"
+            )
         if signal.entropy and not limits.entropy:
             problems.append(f"{where}: a gate or factor needs entropy, which the teacher does not serve")
         if signal.temperature != 1 and not limits.temperature:
@@ -178,6 +185,14 @@ def check_limits(plan: Plan, teacher: str, limits: Limits) -> list[str]:
                 f"{where}: temperature {signal.temperature} is asked for, but the teacher only serves 1"
             )
     return problems
+
+
+def _check_hidden(row: ObjectiveSettings, views: Mapping[str, float]) -> None:
+    if row.hidden is not None and (len(views) != 1 or row.support == "full"):
+        raise ObjectiveError(
+            "objective.hidden: goes with one view, whose teacher answers through the queue; got "
+            f"{len(views)} views and support {row.support!r}"
+        )
 
 
 def _divergence(row: ObjectiveSettings) -> tuple[Divergence | Literal["custom"], float, float]:
@@ -209,4 +224,5 @@ def _signal(row: ObjectiveSettings, k: int, temperature: float) -> Signal:
         candidates=row.support in ("student_topk", "union"),
         entropy=gated,
         temperature=temperature,
+        hidden_layers=() if row.hidden is None else row.hidden.layers,
     )

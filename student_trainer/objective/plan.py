@@ -16,6 +16,7 @@ from student_trainer.objective.settings import (
     Divergence,
     Estimator,
     GateSettings,
+    HiddenSettings,
     LogRatio,
     MissingContext,
     MissingView,
@@ -71,6 +72,7 @@ class Plan:
         ratio, ratio_gate, entropy_factor, entropy_window: the teacher's factor with mix "multiply".
         gate: thresholds of the gate whose state `objective_loss` is given.
         custom: the user's functions, by kind; with one for the divergence, `divergence` is "custom".
+        hidden: a loss beside the objective, of hidden states that the only view's teacher answers.
         auxiliary: a loss beside the objective, which needs the responses under a context of its own.
         guided: whether the sampler's student saw another context than the trainer's.
         log_ratio: whose probability of the sampled token stands below q in u.
@@ -123,6 +125,7 @@ class Plan:
     custom: Mapping[str, FunctionSource] = field(default_factory=dict)
     guided: bool = False
     auxiliary: AuxiliarySettings | None = None
+    hidden: HiddenSettings | None = None
     contexts: Mapping[str, tuple[ContextTemplate, ...]] = field(default_factory=dict)
     missing: Mapping[str, MissingContext] = field(default_factory=dict)
     routes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)

@@ -319,6 +319,23 @@ class AuxiliarySettings(_Settings):
         return found if isinstance(found, tuple) else (found,) if isinstance(found, ContextTemplate) else ()
 
 
+class HiddenSettings(_Settings):
+    """A loss beside the objective (OPRD): the student's hidden states towards the teacher's, as wide."""
+
+    layers: tuple[PositiveInt, ...] = Field(
+        min_length=1, description="layers of student and teacher, in ascending order; 1 is the first"
+    )
+    coefficient: Annotated[FiniteFloat, Field(gt=0)] = Field(1.0, description="factor of the loss")
+    positions: PositiveInt = Field(2000, description="positions of a response that enter, from its end")
+
+    @field_validator("layers")
+    @classmethod
+    def _ascend(cls, layers: tuple[int, ...]) -> tuple[int, ...]:
+        if sorted(set(layers)) != list(layers):
+            raise ValueError(f"got {list(layers)}, must be in ascending order, each once")
+        return layers
+
+
 class CustomSettings(_Settings):
     """Functions of your own: "module:attribute", or "file.py:attribute" relative to the file that says so."""
 
@@ -365,6 +382,9 @@ class ObjectiveSettings(_Settings):
         "default: training.max_staleness",
     )
     auxiliary: AuxiliarySettings | None = Field(None, description="a loss beside the objective")
+    hidden: HiddenSettings | None = Field(
+        None, description="a loss beside the objective: hidden states towards the only view's teacher's"
+    )
     custom: CustomSettings = Field(CustomSettings(), description="functions of your own")
     divergence: Divergence = Field(
         "kl_student_teacher", description="what is minimised, argument order spelled out"

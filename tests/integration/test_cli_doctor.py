@@ -161,6 +161,22 @@ def test_a_judge_is_looked_at_as_one(root: Path) -> None:
     assert any("the reward is what big judges" in line for line in lines(result, "ok")), result.output
 
 
+def test_hidden_states_need_layers_and_a_width_that_both_have(root: Path) -> None:
+    def said(layer: int, teacher: str) -> list[str]:
+        hidden = f"[objective.hidden]\nlayers = [{layer}]"
+        model = f'model = "{root}/{teacher}"'
+        result = examine(root, teacher=f"{model}\n{hidden}")
+        assert (result.exit_code == 1) == bool(lines(result, "fail")), result.output
+        return lines(result, "fail")
+
+    write_model(root / "wide", seed=1, head_dim=16, hidden=64)
+    assert said(2, "teacher") == []
+    deep = said(3, "teacher")
+    assert any("asks for layer 3, the teacher answers 2 layers" in line for line in deep)
+    assert any("layer 3 is asked for, the student has 2" in line for line in deep)
+    assert any("states of big have 64 numbers, the student's 32" in line for line in said(1, "wide"))
+
+
 def test_adapters_are_read_and_share_one_engine(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launcher.doctor_checks.find_spec", lambda name: object())  # as if vLLM were here
     save_adapter(root / "math", MATH)

@@ -33,12 +33,12 @@ HEARTBEAT = 0.5
 _PROCESSES = ("student_trainer.train", "student_trainer.sampler.process", "services.teacher.process")
 
 
-def write_model(directory: Path, seed: int, head_dim: int = 16) -> Path:
+def write_model(directory: Path, seed: int, head_dim: int = 16, hidden: int = 32) -> Path:
     """A random Qwen3 of 17,632 parameters with the character tokenizer; vLLM wants a head_dim of 32."""
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=MODEL_ROWS,
-        hidden_size=32,
+        hidden_size=hidden,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=2,
