@@ -44,6 +44,7 @@ class Judge:
             raise invalid("judge.system: got one, the judge's tokenizer has no chat template")
         self.settings = settings
         self._own, self._theirs = tokenizer, theirs
+        self._marks = _marks(tokenizer)
         self._positions = positions
         self._fingerprint = tokenizer_fingerprint(theirs)
         self._vocabulary = None if settings.tokenizer is None else _head_rows(settings.tokenizer, theirs)
@@ -74,11 +75,19 @@ class Judge:
         )
 
     def prompt_ids(self, context: Int32Array, sequence: Sequence) -> list[int] | SequenceScore:
-        """What the judge is given, in its own ids; an error where it does not fit."""
+        """What the judge is given, in its own ids.
+
+        An error where it does not fit, or would end the question's turn by itself and answer in the judge's.
+        """
         prompt, response = (
             self._theirs.decode(ids.tolist(), skip_special_tokens=True)
             for ids in (context, sequence.response_ids)
         )
+        for what, text in (("prompt", prompt), ("response", response)):
+            if (mark := self._mark_in(text)) is not None:
+                return _failed(
+                    sequence, NO_SCORE, f"the {what} spells {mark!r}, with which it could end its own turn"
+                )
         ids = self._ids(self.settings.question(prompt, response))
         longest = self.settings.max_new_tokens
         if self._positions is not None and len(ids) + longest > self._positions:
@@ -99,6 +108,11 @@ class Judge:
             return SequenceScore(sequence.id, judgement=self.settings.read(text), verdict=text)
         except ValueError as error:
             return _failed(sequence, NO_SCORE, str(error))
+
+    def _mark_in(self, text: str) -> str | None:
+        """A special token of the judge's that it would read in a text; None where there is none."""
+        found = self._own(text, add_special_tokens=False)["input_ids"]
+        return next((self._marks[token] for token in found if token in self._marks), None)
 
     def _ids(self, question: str) -> list[int]:
         if not self._chat:
@@ -123,6 +137,13 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     if not found:
         raise invalid("model: a judge needs an end token, neither its tokenizer nor its files name one")
     return sorted(found)
+
+
+def _marks(tokenizer: Any) -> dict[int, str]:
+    """The special tokens by id, but for the one of what is not known."""
+    added = {token: str(mark) for token, mark in tokenizer.added_tokens_decoder.items() if mark.special}
+    known = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+    return {token: mark for token, mark in (added | known).items() if token != tokenizer.unk_token_id}
 
 
 def _failed(sequence: Sequence, code: str, message: str) -> SequenceScore:
