@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import tomllib
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -159,6 +162,25 @@ def config(objective: dict[str, Any], *, task: str | None = "addition", **refere
             "training": {"steps": 1},
         }
     )
+
+
+@pytest.mark.parametrize("document", ["other-teachers.md", "vllm.md"])
+def test_every_piece_of_a_run_file_in_the_guides_is_one(document: str) -> None:
+    text = (Path(__file__).parents[2] / "docs" / document).read_text()
+    pieces = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    for piece in pieces:
+        parse_run_config(
+            {
+                "teachers": {"big": {"model": "m"}},
+                "student": {"model": "s"},
+                "data": {"path": "x.jsonl"},
+                "sampling": {"samples_per_prompt": 2},
+                "objective": {"views": {"teacher": {"weights": "teacher:math"}}},
+                "training": {"steps": 1},
+                **tomllib.loads(piece),
+            }
+        )
+    assert pieces
 
 
 def test_a_run_file_names_its_judge_and_needs_no_answers_then() -> None:
