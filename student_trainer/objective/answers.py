@@ -58,7 +58,8 @@ def read_answers(plan: Plan, batch: TokenBatch) -> Answers:
         if plan.target != "log_linear":
             usable = usable & (total > 0)
         if plan.target == "mixture":
-            whole = {name: c / total.clamp_min(1e-30) for name, c in whole.items()}
+            # Where there is no target, a stand-in: what only the reward trains must stay finite.
+            whole = {name: torch.where(total > 0, c / total.clamp_min(1e-30), 1) for name, c in whole.items()}
     return Answers(answered, whole, usable, rescaled & usable)
 
 

@@ -83,6 +83,18 @@ def _check_two_views(row: ObjectiveSettings, views: Mapping[str, float]) -> None
             f'objective.ratio: got "first_over_second" with views {{{got}}}; allowed: two views, each with '
             "coefficient 1, and no target"
         )
+    if row.missing_view == "renormalise":
+        raise ObjectiveError(
+            'objective.missing_view: got "renormalise" with ratio = "first_over_second", which takes both '
+            'views; allowed: "drop"'
+        )
+    for name, view in row.views.items():
+        for key in ("clip", "weight_field"):
+            if getattr(view, key) is not None:
+                raise ObjectiveError(
+                    f'objective.views.{name}.{key}: set with ratio = "first_over_second", which takes both '
+                    "views as they are"
+                )
 
 
 def _check_contexts(row: ObjectiveSettings) -> None:

@@ -25,7 +25,7 @@ from student_trainer.batch import MicroBatch, pack_step
 from student_trainer.ledger import Ledger, TeacherPin
 from student_trainer.objective.compile import Plan, compile_plan
 from student_trainer.objective.loss import objective_loss
-from student_trainer.objective.settings import ObjectiveSettings
+from student_trainer.objective.settings import ObjectiveError, ObjectiveSettings
 from student_trainer.verify import RefusedGroupError, TrainingGroup, verify_group
 
 TEACHERS = ("big", "maths", "prose")
@@ -284,3 +284,44 @@ def test_plain_plans_are_as_they_were() -> None:
     found = verify_group(scored_group(0, plan), make_expectations(plan), {})
     tokens = pack_step([found], plan, 100)[0].tokens
     assert (tokens.marked, dict(tokens.view_factors), found.missing_views) == (None, {}, ())
+
+
+# --- what would make a step of one example not finite ---
+
+
+@pytest.mark.parametrize("target", ["mixture", "losses"])
+def test_example_whose_factors_are_all_zero_is_trained_on_its_reward_alone(target: str) -> None:
+    """It has nothing to distil, and must not make the student look as if it had diverged."""
+    views = {
+        name: {"weights": f"teacher:{name}", "coefficient": 0.5, "weight_field": "trust"}
+        for name in ("maths", "prose")
+    }
+    plan = make_plan(views, target=target, mix="route", **STUDENT_TOP)
+    found = {}
+    for factor in (0.0, 1.0):
+        group = make_group(0, plan, rewards=(1.0, 0.0))
+        group.view_weights.update(dict.fromkeys(views, factor))
+        group_scores = pair_scores(group, plan, "maths", "prose")
+        found[factor] = loss_of(pack_step([verify(group, plan, group_scores)], plan, 100)[0], plan)
+    assert found[0.0][2]["distilled"] == 0
+    assert found[0.0][2]["positions"] == 8
+    torch.testing.assert_close(found[0.0][1], found[1.0][1])  # where the reward decides, factors do not
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ({"missing_view": "renormalise"}, 'missing_view: got "renormalise" with ratio'),
+        ({"views": {"weight_field": "trust"}}, r"objective.views.prose.weight_field: set with ratio"),
+        ({"views": {"clip": 1.0}}, r"objective.views.prose.clip: set with ratio"),
+    ],
+)
+def test_ratio_of_two_views_needs_both_as_they_are(row: dict[str, Any], named: str) -> None:
+    """One that did not answer would leave NaN, and factors would do nothing."""
+    row = dict(row)
+    views = {
+        "maths": {"weights": "teacher:maths"},
+        "prose": {"weights": "teacher:prose", **row.pop("views", {})},
+    }
+    with pytest.raises(ObjectiveError, match=named):
+        make_plan(views, ratio="first_over_second", mix="multiply", **row)
