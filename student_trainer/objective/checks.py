@@ -21,7 +21,7 @@ HEAVY_TAILED = (
     "chi_square_student_teacher",
     "chi_square_teacher_student",
 )
-SELDOM = frozenset({"success", "feedback"})  # fields that some responses of most groups lack
+SELDOM = frozenset({"success", "failure", "feedback"})  # fields that some responses of most groups lack
 ENTROPY_GATES = ("teacher_entropy_above", "teacher_entropy_below")
 TEACHER_GATES = (*ENTROPY_GATES, "evidence_above")
 REWARD_GATES = ("reward_above", "reward_below")
@@ -95,6 +95,12 @@ def _check_future(row: ObjectiveSettings) -> None:
                 f"objective.horizon: got {row.horizon!r} with {name}, under which the divergence that is "
                 f"trained is not the one that earlier tokens cause; allowed: 0, or {name}: {allowed}"
             )
+    crossed = row.divergence == "kl_teacher_student" and row.custom.divergence is None
+    if row.charge == "cross_entropy" and not (crossed and row.tail in ("renormalise", "renormalise_teacher")):
+        raise ObjectiveError(
+            'objective.charge: "cross_entropy" goes with divergence = "kl_teacher_student" and tail '
+            f'"renormalise" or "renormalise_teacher"; got {row.divergence!r}, tail {row.tail!r}'
+        )
 
 
 def check_custom(row: ObjectiveSettings, needs_teacher: bool) -> None:
@@ -243,7 +249,7 @@ def objective_warnings(
         return ()
     warnings = [
         f'objective.views.{name}.missing = "error" ends the run at the first response without '
-        '{success} or {feedback}; another template, or "same", lets it go on'
+        '{success}, {failure} or {feedback}; another template, or "same", lets it go on'
         for name, view in row.views.items()
         if view.missing == "error" and view.templates and all(t.fields & SELDOM for t in view.templates)
     ]

@@ -97,6 +97,7 @@ def compile_plan(
         correction=row.correction,
         horizon=None if row.horizon == "response" else row.horizon,
         discount=row.discount,
+        charge=row.charge or "divergence",
         advantage_clip=row.advantage_clip,
         temperature=temperature,
         sampling_temperature=student_temperature,

@@ -11,6 +11,7 @@ from tutelage_client.types import Signal
 from student_trainer.objective.functions import FunctionSource
 from student_trainer.objective.settings import (
     AuxiliarySettings,
+    Charge,
     ContextTemplate,
     Correction,
     Divergence,
@@ -66,6 +67,7 @@ class Plan:
         student_candidates: ids the sampler records per position, 0 for none.
         k: ids per position and side, 0 without a top-k support.
         horizon: later tokens credited to a token; None is the rest of the response.
+        charge: what a later token costs with a pathwise horizon.
         temperature: of student and teacher alike.
         sampling_temperature: at which the behaviour log-probabilities are taken.
         weights: detached factors of a position's loss.
@@ -90,6 +92,7 @@ class Plan:
     correction: Correction
     horizon: int | None
     discount: float
+    charge: Charge
     advantage_clip: float | None
     temperature: float
     sampling_temperature: float

@@ -164,6 +164,7 @@ def idle_fields(settings: ObjectiveSettings) -> dict[str, str]:
         'estimator = "score_function", a divergence other than kl_student_teacher and no mix = "multiply"',
     )
     only("entry_clip", not score_function, 'estimator = "pathwise"')
+    only("charge", not score_function and settings.horizon != 0, 'estimator = "pathwise" with a horizon')
     for field in ("ratio_clip", "ratio", "ratio_gate", "entropy_factor"):
         only(field, settings.mix == "multiply", 'mix = "multiply"')
     only("entropy_window", settings.entropy_factor is not None, "entropy_factor")

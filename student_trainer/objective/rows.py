@@ -123,7 +123,8 @@ class Rows:
         """The divergence of a chunk's positions, f64 [R]: what a token before them is charged with.
 
         Over a truncated support it is the one whose gradient the tail takes: with the tails that stop
-        gradients that of unnormalised measures, Σ_S p·f(u) − f′(1)·(q − p).
+        gradients that of unnormalised measures, Σ_S p·f(u) − f′(1)·(q − p). As a cross-entropy it has the
+        target's entropy besides, −Σ_S q log q, which moves with the prefix though not with this p.
         """
         if dense_value is not None:
             return dense_value
@@ -135,6 +136,8 @@ class Rows:
             if self.plan.tail in STOPPED:
                 apart = torch.where(present, target.exp() - own.exp(), 0).sum(dim=1)
                 local = local - self.divergence.slope * apart
+            if self.plan.charge == "cross_entropy":
+                local = local + support_entropy(target, present)
             value += term.factor[part] * local
         return value
 

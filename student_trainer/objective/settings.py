@@ -41,6 +41,7 @@ Ratio: TypeAlias = Literal["teacher_over_student", "student_over_teacher", "firs
 RatioGate: TypeAlias = Literal["none", "rewarded"]
 Mix: TypeAlias = Literal["replace", "add", "multiply", "route"]
 Normalisation: TypeAlias = Literal["token_mean", "sequence_mean"]
+Charge: TypeAlias = Literal["divergence", "cross_entropy"]
 Horizon: TypeAlias = NonNegativeInt | Literal["response"]
 FunctionName: TypeAlias = Annotated[str, Field(pattern=r"^.+:[A-Za-z_]\w*$")]
 LogRatio: TypeAlias = Literal["behaviour", "student"]
@@ -423,6 +424,11 @@ class ObjectiveSettings(_Settings):
     )
     discount: Annotated[FiniteFloat, Field(ge=0, le=1)] = Field(
         1.0, description="factor per later token within the horizon"
+    )
+    charge: Charge | None = Field(
+        None,
+        description="pathwise with a horizon: what a later token costs, its divergence (default) or its "
+        "cross-entropy, by which it costs, too, where the teacher is undecided",
     )
     advantage_clip: Annotated[FiniteFloat, Field(gt=0)] | None = Field(
         None,

@@ -98,10 +98,11 @@ def anchored(x: Problem) -> Tensor:
 
 
 def distil(x: Problem, log_p: Tensor) -> Tensor:
-    """Cross-entropy, less the view's own entropy; the next token's is charged to this one."""
+    """Cross-entropy, less the view's own entropy; the next token's, all of it, is charged to this one."""
     q = among(x.first, x.top(x.first))
-    value = (q * (q.log() - log_p.gather(1, x.top(x.first)))).sum(-1)
-    trained = torch.where(x.marked, value.detach(), 0)
+    crossed = -(q * log_p.gather(1, x.top(x.first))).sum(-1)
+    value = crossed + (q * q.log()).sum(-1)
+    trained = torch.where(x.marked, crossed.detach(), 0)
     last = after(x, 1).roll(-1)  # whether another token of the response follows
     following = torch.where(last, trained.roll(-1), 0)
     return (value + following * x.of(log_p))[x.marked].mean()

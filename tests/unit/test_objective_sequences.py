@@ -209,6 +209,29 @@ def test_pathwise_with_a_horizon_is_the_gradient_of_the_sequence_sum(
     torch.testing.assert_close(gradient, expected, rtol=1e-8, atol=1e-11)
 
 
+@pytest.mark.parametrize("tail", ["renormalise", "renormalise_teacher"])
+def test_pathwise_with_a_horizon_charged_the_cross_entropy(tail: str) -> None:
+    """∇E Σ_t H(q, p), DistIL: to lead where the teacher is undecided costs, too."""
+    table, teacher = tables()
+    row = {"divergence": "kl_teacher_student", "support": "teacher_topk", "tail": tail, "k": 2}
+    plan = make_plan(**row, estimator="pathwise", horizon="response", charge="cross_entropy", monitor=False)
+    ids = teacher.topk(2).indices
+    answers = ViewTensors(
+        support_ids=ids[ROWS], support_logprobs=teacher.log_softmax(-1).gather(1, ids)[ROWS]
+    )
+
+    def crossed(p: Tensor, q: Tensor, place: int) -> Tensor:
+        ps, qs = p[ids[place]], q[ids[place]]
+        ps = ps / ps.sum() if tail == "renormalise" else ps
+        return -(qs / qs.sum() * ps.log()).sum()
+
+    gradient = gradient_of(
+        plan, table, replace(every_sequence(plan, table, teacher), views={"teacher": answers})
+    )
+    expected = exact_with_horizon(table, teacher, {}, reach=LONGEST, discount=1.0, local=crossed)
+    torch.testing.assert_close(gradient, expected, rtol=1e-8, atol=1e-11)
+
+
 @pytest.mark.parametrize("target", ["mixture", "losses", "log_linear"])
 def test_pathwise_horizon_of_several_views(target: str) -> None:
     table, first = tables()

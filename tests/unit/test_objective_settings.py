@@ -180,6 +180,12 @@ def test_alpha_ends_are_the_two_divergences_and_heavy_tails_warn() -> None:
             {"preset": "gkd", "horizon": 1, "tokens": {"top_fraction": 0.5}},
             "horizon: got 1 with tokens.top_fra",
         ),
+        (
+            {"preset": "gkd", "charge": "cross_entropy"},
+            "objective.charge: set to 'cross_entropy', but it only",
+        ),
+        ({"preset": "distil", "tail": "bucket"}, "objective.charge: .*, tail 'bucket'"),
+        ({"preset": "distil", "divergence": "jsd", "tail": "renormalise"}, "objective.charge: .*; got 'jsd'"),
         ({"preset": "gkd", "log_ratio": "student"}, "objective.log_ratio: set to"),
         ({"preset": "gkd", "support": "full", "tokens": {"evidence_above": 0}}, "over the wire"),
         ({"mix": "add", "distill_coefficient": 0, "tokens": {"reward_above": 0}}, "tokens.reward_above"),
