@@ -179,7 +179,7 @@ class ContextBuilder:
 
     def _value(self, name: str, group: Sampled, place: int | None) -> str | None:
         example = group.example
-        if name in ROLLOUT_FIELDS and place is not None:
+        if name in ROLLOUT_FIELDS:
             return self._rollout_value(name, group, place)
         if name == "prompt":
             return question(example)
@@ -187,13 +187,14 @@ class ContextBuilder:
             return self._other_prompt(group.index)
         return example.answer if name == "answer" else _text(example.fields.get(name))
 
-    def _rollout_value(self, name: str, group: Sampled, place: int) -> str | None:
+    def _rollout_value(self, name: str, group: Sampled, place: int | None) -> str | None:
+        said = _text(group.example.fields.get(name)) if name == "feedback" else None
+        if said is not None or place is None:
+            return said
         if name in SIBLINGS:
             return self._sibling(group, place, succeeded=name == "success")
-        if name == "response":
-            return group.texts[place]
-        said = _text(group.example.fields.get(name))
-        return self._prompts.feedback(group.example, group.texts[place]) if said is None else said
+        text = group.texts[place]
+        return text if name == "response" else self._prompts.feedback(group.example, text)
 
     def _sibling(self, group: Sampled, place: int, *, succeeded: bool) -> str | None:
         """A sibling's successful or failed response without its thinking, never that of `place` itself."""

@@ -229,6 +229,9 @@ def test_run_that_reads_other_fields_is_another_run(tmp_path: Path) -> None:
 def test_field_that_is_seldom_there_and_may_not_lack_warns(line: str, warned: bool) -> None:
     warnings = parse(f"{EMA}\n{line}").plan().warnings
     assert (
-        any("ends the run at the first response without {success} or {feedback}" in w for w in warnings)
+        any(
+            "ends the run at the first response without {success}, {failure} or {feedback}" in w
+            for w in warnings
+        )
         == warned
     )

@@ -173,6 +173,15 @@ def test_example_says_its_feedback_itself_where_it_has_some(bench: Callable[...,
     assert bench({"user": "{feedback}"}, rows=rows).seen(0, "a", "b") == ["mind the units"] * 2
 
 
+def test_names_of_the_rollout_go_before_fields_called_the_same(bench: Callable[..., Bench]) -> None:
+    rows = [{**ROWS[0], "response": "theirs", "success": "theirs", "other_prompt": "theirs"}]
+    named = bench([{"user": "{success}"}, {"user": "{response}"}], missing="same", rows=rows)
+    assert named.seen(0, "ours") == ["ours"]
+    unsampled = Sampled(0, named.prompts.example(0))
+    ((context,),) = [found["v"] for found in named.contexts(unsampled)]
+    assert (context.template, context.lacking) == (None, (("success",), ("response",)))
+
+
 @pytest.mark.parametrize("special", [False, True])
 def test_thinking_is_no_part_of_a_success(special: bool) -> None:
     tokenizer = text_tokenizer(chat=True, special_thinking=special)
