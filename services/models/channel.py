@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tutelage_client.errors import TutelageError
+
 STAMP_FILE = "policy.json"
 _NAME = re.compile(r"v(\d{8,})")
 
@@ -58,13 +60,20 @@ class Channel:
         return sorted(int(match[1]) for match in matches if match)
 
     def get(self, version: int) -> PolicyVersion | None:
-        """This version, or None when it is not published or already deleted."""
+        """This version, or None when it is not published or already deleted.
+
+        Raises:
+            TutelageError: FAILED_PRECONDITION for a publication whose stamp cannot be read.
+        """
         path = self.path(version)
         try:
             document = json.loads((path / STAMP_FILE).read_text())
+            return PolicyVersion(version, path, document["stamp"], lineage_from_document(document["lineage"]))
         except FileNotFoundError:
             return None
-        return PolicyVersion(version, path, document["stamp"], lineage_from_document(document["lineage"]))
+        except (ValueError, KeyError, TypeError) as error:
+            message = f"weights: {path / STAMP_FILE} is damaged: {type(error).__name__}: {error}"
+            raise TutelageError("FAILED_PRECONDITION", message) from error
 
     def latest(self) -> PolicyVersion | None:
         """The newest version, or None before the first."""

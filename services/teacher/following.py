@@ -7,7 +7,6 @@ is still the one that the loading began with: an answer never names weights that
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -133,14 +132,21 @@ class FollowingEngine:
         raise TutelageError("FAILED_PRECONDITION", f"weights: this teacher follows {self._channel.directory}")
 
     async def ended(self) -> None:
+        """Return when nothing more will be answered, or nothing newer loaded: jobs would wait for ever."""
         assert self._engine is not None
-        await self._engine.ended()
+        assert self._watching is not None
+        lost = asyncio.create_task(self._engine.ended())
+        try:
+            await asyncio.wait({lost, self._watching}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            lost.cancel()
+        if self._watching.done() and not self._watching.cancelled():
+            log.error("channel_not_watched", exc_info=self._watching.exception())
 
     async def close(self) -> None:
         if self._watching is not None:
             self._watching.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._watching
+            await asyncio.gather(self._watching, return_exceptions=True)  # `ended` told what it failed with
         if self._engine is not None:
             await self._engine.close()
 
@@ -186,6 +192,7 @@ class FollowingEngine:
     async def _watch(self) -> None:
         """Load what is new while no job says what it wants; jobs look for themselves."""
         tried: PolicyVersion | None = None
+        said = ""
         while True:
             await asyncio.sleep(POLL_SECONDS)
             try:
@@ -197,7 +204,9 @@ class FollowingEngine:
                     async with self.holding(Pins()):
                         pass
             except (OSError, TutelageError) as error:
-                log.error("weights_not_loaded", error=str(error))
+                if str(error) != said:
+                    said = str(error)
+                    log.error("weights_not_loaded", error=said)
 
     async def _choose(self, pins: Pins) -> bool:
         """Have the engine hold what `pins` allow; in turn."""

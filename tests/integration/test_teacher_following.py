@@ -107,6 +107,40 @@ async def test_every_new_publication_is_loaded_also_one_of_the_same_number(store
             await assert_by_those_it_names(await engine.score(REQUEST))
 
 
+async def test_a_damaged_publication_is_told_and_the_next_one_is_loaded(store: PolicyStore) -> None:
+    """Nobody who waits for weights may wait for ever, whatever lies in the channel meanwhile."""
+    publish(store, 0)
+    async with started(store) as engine:
+        damaged = store.path(1)
+        publish(store, 1)
+        (damaged / "policy.json").write_text("")
+        with pytest.raises(TutelageError, match=r"policy\.json is damaged"):
+            await asyncio.wait_for(engine.published(Pins()), 10)
+        await asyncio.sleep(3 * following.POLL_SECONDS)
+        store.discard_above(0)
+        waiting = asyncio.create_task(engine.published(Pins(min_weights_version=2)))
+        await asyncio.sleep(3 * following.POLL_SECONDS)
+        stamp = publish(store, 2)
+        await asyncio.wait_for(waiting, 10)
+        await eventually(lambda: current(engine) == (2, stamp))
+
+
+async def test_an_engine_that_no_longer_looks_for_weights_has_ended(
+    store: PolicyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(store, 0)
+    async with started(store) as engine:
+        ended = asyncio.create_task(engine.ended())
+        await asyncio.sleep(0.05)
+        assert not ended.done()
+
+        def broken(self: Channel) -> None:
+            raise RuntimeError("no such thing was foreseen")
+
+        monkeypatch.setattr(Channel, "latest", broken)
+        await asyncio.wait_for(ended, 10)
+
+
 def current(engine: FollowingEngine) -> tuple[int, str]:
     return engine.identity.weights_version, engine.identity.weights_id
 
