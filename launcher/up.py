@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from student_trainer.config import RunConfig
 
 STATE = "up.json"
+CACHE_VARIABLE = "TUTELAGE_CACHE"  # of `tutelage teacher --cache`; the address may hold a password
 EXIT_CODES: dict[Ending, int] = {"finished": 0, "failed": 1, "stopped": 130}
 
 
@@ -144,7 +145,8 @@ def _replica(config: RunConfig, replicas: ReplicaSet, index: int, queue: Mapping
     if entry.judge is not None:
         arguments += _judge(entry.judge, config.student.model)
     arguments += spell_settings(entry.vllm)
-    environment = dict(queue)
+    # Said here or nowhere: what this command's own environment names is not meant for every teacher.
+    environment = {**queue, CACHE_VARIABLE: entry.cache or ""}
     if config.threads is not None:
         if entry.engine == "vllm":
             environment["OMP_NUM_THREADS"] = str(config.threads)

@@ -102,6 +102,11 @@ class TeacherEntry(_Section):
     engine: Literal["transformers", "vllm", "fake"] = Field(
         "transformers", description="what computes the scores"
     )
+    cache: str | None = Field(
+        None,
+        description="directory, or redis:// address, that keeps this teacher's scores; what was scored "
+        "before is answered from there",
+    )
     replicas: int = Field(1, ge=1, description="processes that `tutelage up` starts; each holds the weights")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of weights and activations")
     device: str = Field("auto", description='"auto" (CUDA when there is one), "cpu", "cuda" or "cuda:N"')
@@ -120,7 +125,8 @@ class TeacherEntry(_Section):
     @model_validator(mode="after")
     def _has_a_model(self) -> Self:
         if self.scores is not None:
-            for key in {"model", "revision", "adapter", "address", "engine"} & self.model_fields_set:
+            others = {"model", "revision", "adapter", "address", "engine", "cache", "judge"}
+            for key in others & self.model_fields_set:
                 raise ValueError(f"{key}: set beside scores; a file is all that such a teacher has")
         elif self.model is None and self.engine != "fake" and self.address is None:
             raise ValueError(

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
 from launcher.cli import app
+from launcher.up import child_specs
 from services.api.metrics import Metrics
 from services.teacher.build import build_cached
 from services.teacher.cache.engine import CachedEngine
 from services.teacher.settings import TeacherSettings
+from student_trainer.config import RunFileError, parse_run_config
 
 
 @pytest.fixture
@@ -56,6 +60,36 @@ def test_its_address_may_come_from_the_environment(
     assert teacher().exit_code == 0
     assert started[0].cache is not None
     assert started[0].cache.location == "rediss://:secret@host/1"
+
+
+RUN = {
+    "run": {"name": "r"},
+    "student": {"model": "m"},
+    "data": {"task": "addition"},
+    "objective": {"preset": "exopd"},
+    "training": {"steps": 1},
+}
+
+
+def test_a_run_file_says_whose_scores_are_kept_and_where(
+    started: list[TeacherSettings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teachers = {
+        "expert": {"model": "big", "cache": "redis://:secret@host/1"},
+        "reference": {"scores": "file.parquet"},
+    }
+    monkeypatch.setenv("TUTELAGE_CACHE", "meant/for/another")
+    for spec in child_specs(parse_run_config({**RUN, "teachers": teachers}), Path("r.toml"), "unix:///q")[:2]:
+        assert "secret" not in str(spec.arguments), "a command line is for everyone to read"
+        ran = CliRunner().invoke(app, list(spec.arguments), env=dict(spec.environment))
+        assert ran.exit_code == 0, ran.output
+    assert [one.cache.location if one.cache else None for one in started] == ["redis://:secret@host/1", None]
+
+
+def test_a_run_file_with_a_cache_beside_a_file_is_refused() -> None:
+    teachers = {"expert": {"scores": "f.parquet", "cache": "d"}, "reference": {"model": "m"}}
+    with pytest.raises(RunFileError, match="cache: set beside scores"):
+        parse_run_config({**RUN, "teachers": teachers})
 
 
 @pytest.mark.parametrize(
