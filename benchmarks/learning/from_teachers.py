@@ -166,8 +166,8 @@ TWO_EXPERTS = Experiment(
             "the subtractor alone loses addition", "control", START, "the subtractor alone", ON_ADDITION
         ),
         Claim(
-            "routing adds as well as the adder alone teaches", "control",
-            "routed by skill", "the adder alone", ON_ADDITION, alike=0.05,
+            "with prompts of both skills, routing teaches even addition better than the adder alone",
+            "control", "routed by skill", "the adder alone", ON_ADDITION,
         ),
     ),
 )  # fmt: skip
