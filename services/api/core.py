@@ -90,10 +90,11 @@ class ScoringCore:
     def open(self) -> None:
         """The model is loaded: accept requests from now on."""
         self.state = "ready"
-        for here in self.identities:
-            self.metrics.teacher_info.labels(
-                here.name, here.model, here.engine, here.engine_version, here.dtype
-            ).set(1)
+        # One series, also of a replica with several names: whoever joins it to others needs it to be one.
+        here, names = self.identities[0], ",".join(identity.name for identity in self.identities)
+        self.metrics.teacher_info.labels(names, here.model, here.engine, here.engine_version, here.dtype).set(
+            1
+        )
         self.metrics.ready.set(1)
 
     def begin_drain(self) -> None:

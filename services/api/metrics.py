@@ -56,7 +56,7 @@ class Metrics:
         self.positions = counter("scored_positions", "Response positions answered")
         self.tokens_computed = counter("computed_tokens", "Tokens the engine computed")
         self.tokens_reused = counter("reused_tokens", "Tokens the engine took from a cache")
-        self.sequence_errors = counter("sequence_errors", "Sequences refused alone", "code")
+        self.sequence_errors = counter("sequence_errors", "Sequences without an answer, alone", "code")
         self.invalid_positions = counter("invalid_positions", "Positions without a finite score")
         self.queued_tokens = gauge("queued_tokens", "Tokens accepted and not yet scored")
         self.throughput = gauge("throughput_tokens_per_second", "Measured while busy")

@@ -365,4 +365,5 @@ async def test_several_teachers_behind_one_address_answer_under_their_own_names(
         assert "got none" in reply.text
         assert "here are 'math', 'code'" in reply.text
     assert (other.status_code, "here are 'math', 'code'" in other.text) == (404, True)
-    assert metrics.count("tutelage_teacher_info{") == 2
+    assert metrics.count("tutelage_teacher_info{") == 1, "dashboards join it to the replica's other figures"
+    assert 'teacher="math,code"' in metrics
