@@ -59,7 +59,10 @@ class ScoreHeader:
         if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
             raise ValueError(f"not a header of format {FORMAT}")
         try:
-            signal = {key: tuple(v) if isinstance(v, list) else v for key, v in document["signal"].items()}
+            signal: dict[str, Any] = {
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in document["signal"].items()
+            }
             return cls(Identity(**document["identity"]), Signal(**signal), str(document["written_by"]))
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a header: {error}") from error
