@@ -355,9 +355,7 @@ async def test_entries_of_a_server_that_nobody_asks_for_expire_and_stop_counting
 
 async def test_a_store_that_fails_costs_no_request(tmp_path: Path) -> None:
     store = ServerStore(f"unix://{tmp_path}/nothing", "cache", max_bytes=GB, ttl_seconds=60)
-    replica = Replica(store)
-    with pytest.raises(OSError, match="cache:"):
-        await replica.engine.start()
+    replica = await opened(Replica(store))
     asked = request_of([5])
     for _ in range(3):
         assert on_the_wire(await replica.engine.score(asked)) == on_the_wire(
@@ -366,6 +364,13 @@ async def test_a_store_that_fails_costs_no_request(tmp_path: Path) -> None:
     assert len(replica.reached) == 3
     assert replica.failures("store") == 1, "left alone for a while"
     await store.close()
+
+
+async def test_a_directory_that_cannot_be_is_refused_at_the_start(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.touch()
+    with pytest.raises(OSError, match=r"cache: .*file"):
+        await Replica(DirectoryStore(blocked / "cache", max_bytes=GB)).engine.start()
 
 
 async def test_a_directory_that_vanished_costs_no_request(tmp_path: Path) -> None:

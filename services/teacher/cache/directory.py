@@ -48,7 +48,10 @@ class DirectoryStore:
         return self._held
 
     async def open(self) -> None:
-        await _in_thread(self._open)
+        try:
+            await asyncio.to_thread(self._open)
+        except OSError as error:
+            raise OSError(f"cache: {error}") from error
 
     async def get(self, keys: Sequence[bytes]) -> list[bytes | None]:
         return await _in_thread(lambda: [self._read(key) for key in keys])

@@ -61,15 +61,15 @@ class CachedEngine:
         return self._engine.limits
 
     async def start(self) -> None:
-        """Open the store, which must be there when the engine starts, and load the model.
+        """Open the store and load the model.
 
         Raises:
-            OSError: the store cannot be opened.
+            OSError: the cache's directory cannot be used.
         """
         try:
             await self._store.open()
-        except StoreError as error:
-            raise OSError(f"cache: {error}") from error
+        except StoreError as error:  # a server that is away now may be there later
+            self._rest(error)
         self._metrics.cache_bytes.set(self._store.held_bytes)
         await self._engine.start()
 

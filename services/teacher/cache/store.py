@@ -20,7 +20,9 @@ class Store(Protocol):
         """Bytes kept, as last counted."""
         ...
 
-    async def open(self) -> None: ...
+    async def open(self) -> None:
+        """Raises OSError for a place that will never do, StoreError for one that may later."""
+        ...
 
     async def get(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """What is kept under each key, or None; asking makes an entry recent."""
