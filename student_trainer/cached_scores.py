@@ -103,6 +103,7 @@ def _inconsistencies(config: RunConfig, plan: Plan, headers: dict[str, ScoreHead
     """The condition of Lightning OPD, for runs that replay responses and for its preset."""
     if plan.preset not in CONSISTENT_PRESETS and config.sampling.replayed is None:
         return
+    yield from _unsaid(config, headers)
     for teacher in plan.scoring_teachers:
         entry = config.teachers.get(teacher)
         header = headers.get(f"teachers.{teacher}.scores")
@@ -123,6 +124,19 @@ def _inconsistencies(config: RunConfig, plan: Plan, headers: dict[str, ScoreHead
                     f"teacher {teacher!r} is {min(scoring, key=len)}, but {writer} wrote what the student "
                     "was trained on before; fixed responses then lead it somewhere else"
                 )
+
+
+def _unsaid(config: RunConfig, headers: dict[str, ScoreHeader]) -> Iterator[str]:
+    """A behaviour's log-probabilities at another temperature would be trained on as if they were at this."""
+    path = config.sampling.replayed
+    if path is None or "sampling.sampler" not in headers:
+        return
+    file = ScoreFile(path)
+    if len(file) and file.row(0).sampling_temperature is None:
+        yield (
+            f"sampling.sampler: {path} does not say at which temperature its responses were sampled; its "
+            f"behaviour_logprobs are taken for those of [sampling] temperature, {config.sampling.temperature}"
+        )
 
 
 def _names(model: str | None, revision: str | None) -> set[str]:

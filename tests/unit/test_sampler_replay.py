@@ -16,6 +16,8 @@ from tutelage_client.types import Identity, SequenceScore, Signal
 
 from services.models.fingerprint import tokenizer_fingerprint
 from services.score_file import ScoredResponse, ScoreFileWriter, ScoreHeader
+from student_trainer.cached_scores import check_cached_scores
+from student_trainer.config import parse_run_config
 from student_trainer.sampler.data import PromptSource
 from student_trainer.sampler.generate import GenerationInterruptedError, Response, Row
 from student_trainer.sampler.prompts import PromptEncoder
@@ -167,3 +169,24 @@ def test_a_prompt_that_the_file_does_not_answer_is_named(tmp_path: Path) -> None
     replay.interrupt()
     with pytest.raises(GenerationInterruptedError):
         replay.generate([], seed=0, temperature=1.0, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("said", [None, 1.0])
+def test_responses_that_do_not_say_their_temperature_are_believed_but_not_in_silence(
+    tmp_path: Path, said: float | None
+) -> None:
+    path = written(tmp_path / "s.parquet", rows(sampling_temperature=said))
+    config = parse_run_config(
+        {
+            "run": {"name": "r"},
+            "student": {"model": "m"},
+            "teachers": {"t": {"model": "t"}},
+            "data": {"task": "addition"},
+            "objective": {"preset": "lightning"},
+            "sampling": {"sampler": f"file:{path}"},
+            "training": {"steps": 1},
+        }
+    )
+    found = check_cached_scores(config, config.plan(), FINGERPRINT)
+    assert not found.problems
+    assert any("does not say at which temperature" in warning for warning in found.warnings) == (said is None)
