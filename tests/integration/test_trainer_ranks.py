@@ -45,6 +45,8 @@ JOBS = [
         distill_open=True,
     ),
 ]
+CONSISTENT = {"kind": "consistency", "context": {"user": "again: {prompt}"}, "missing": "same"}
+JOBS.append(Job("a second context of some responses", objective={"auxiliary": CONSISTENT}, groups=3))
 REFUSED = [
     *(Job(f"diverged on rank {i % 2}, group {i}", poisoned=i, groups=2) for i in (0, 1)),
     Job("infinite gradient on the second rank", infinite_rank=1, groups=2),

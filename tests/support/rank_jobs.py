@@ -24,7 +24,7 @@ from student_trainer.objective.compile import Plan
 from student_trainer.ranks import Ranks, join
 from student_trainer.step_result import StepResult
 from student_trainer.student import load_student
-from student_trainer.verify import TrainingGroup, verify_group
+from student_trainer.verify import TrainingGroup, TrainingRollout, verify_group
 from support.tiny_models import tiny_config
 from support.training_groups import make_expectations, make_plan, scored_group
 
@@ -212,11 +212,18 @@ def _groups(job: Job, plan: Plan, step: int) -> list[TrainingGroup]:
         )
         for i in range(job.groups)
     ]
+    if plan.auxiliary is not None:  # of some responses
+        groups[0] = replace(groups[0], rollouts=_with_contexts(groups[0]))
     if job.poisoned is not None and step == 1:
         prompt = groups[job.poisoned].prompt_ids.copy()
         prompt[0] = UNSEEN
         groups[job.poisoned] = replace(groups[job.poisoned], prompt_ids=prompt)
     return groups
+
+
+def _with_contexts(group: TrainingGroup) -> tuple[TrainingRollout, ...]:
+    context = group.prompt_ids[::-1].copy()
+    return tuple(replace(rollout, auxiliary_ids=context) for rollout in group.rollouts)
 
 
 def _spoil(job: Job, learner: Learner, ranks: Ranks) -> None:
