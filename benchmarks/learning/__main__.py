@@ -74,6 +74,7 @@ def whole_of(tasks: Sequence[Task], seeds: tuple[int, ...], sizes: Sizes) -> rep
     """How much is done, and what it took."""
     arms = [task for task in tasks if task.arm]
     results = [read_result(task.path) for task in arms if task.done]
+    costs = [costs_path(task.path) for task in tasks if not task.arm]
     return report.Whole(
         seeds=seeds,
         sizes=sizes,
@@ -82,11 +83,8 @@ def whole_of(tasks: Sequence[Task], seeds: tuple[int, ...], sizes: Sizes) -> rep
         seconds=_covered([(result["began"], result["ended"]) for result in results]),
         cpu_seconds=sum(result["cpu_seconds"] for result in results),
         sources=_sources(arms),
-        model_cpu_seconds=sum(
-            read_result(costs_path(task.path))["cpu_seconds"]
-            for task in tasks
-            if not task.arm and costs_path(task.path).exists()
-        ),
+        model_cpu_seconds=sum(read_result(path)["cpu_seconds"] for path in costs if path.exists()),
+        models_untimed=sum(not path.exists() for path in costs),
     )
 
 

@@ -37,6 +37,7 @@ class Whole:
     seconds: float  # wall time, over however many calls
     cpu_seconds: float
     model_cpu_seconds: float  # of training the models, which are kept between calls
+    models_untimed: int  # models of which nobody noted what they cost
     sources: Mapping[str, Sequence[str]]  # commit of the code → letters of the experiments that it made
 
     @property
@@ -74,7 +75,8 @@ def _preamble(whole: Whole) -> str:
         f"Code {', '.join(whole.sources) or 'unknown'}; {platform.processor() or platform.machine()}, "
         f"{len(os.sched_getaffinity(0))} cores, one thread for each arm. The arms took "
         f"{whole.seconds / 60:.0f} minutes and {whole.cpu_seconds / 60:.0f} CPU minutes; their models, "
-        f"which are kept between calls, {whole.model_cpu_seconds / 60:.0f} CPU minutes."
+        f"which are kept between calls, {'more than ' if whole.models_untimed else ''}"
+        f"{whole.model_cpu_seconds / 60:.0f} CPU minutes."
     )
 
 
