@@ -71,6 +71,9 @@ class JudgeSettings(BaseModel):
                     f"{key}: got the fields {sorted(found)}, must name {sorted(needed)}, "
                     f"may name {sorted(allowed)}"
                 )
+        spelled = [part[1:] for part in Formatter().parse(self.reply) if part[1] is not None]
+        if spelled != [("score", "", None)] or self.reply.count("{score}") != 1:
+            raise ValueError(f"reply: got {self.reply!r}, must have {{score}} once and as it is")
         return self
 
     def question(self, prompt: str, response: str) -> str:

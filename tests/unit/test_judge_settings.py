@@ -56,6 +56,8 @@ def test_the_question_shows_prompt_response_and_scale() -> None:
         ({"user": "{prompt}"}, "user: got the fields ['prompt'], must name ['response']"),
         ({"user": "{response} {answer}"}, "user: got the fields ['answer', 'response']"),
         ({"reply": "Score"}, "reply: got the fields [], must name ['score']"),
+        ({"reply": "{score} of {score}"}, "must have {score} once and as it is"),
+        ({"reply": "Score: {score:02}"}, "must have {score} once and as it is"),
         ({"user": "{response} }"}, "a template that cannot be read"),
         ({"largest": 0}, "greater than or equal to 1"),
         ({"scale": 9}, "Extra inputs"),
