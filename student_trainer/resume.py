@@ -28,7 +28,7 @@ def restore(config: RunConfig, checkpoints: CheckpointStore, learner: Learner) -
         TutelageError: FAILED_PRECONDITION when every checkpoint is damaged, or belongs to a run
             with other settings.
     """
-    fixed = fixed_settings(config, learner.plan)
+    fixed = fixed_settings(config, learner.plan) | {"student.model (content)": _base(config, learner)}
     checkpoint, damaged = checkpoints.newest()
     if checkpoint is None:
         if damaged:
@@ -95,6 +95,12 @@ def fixed_settings(config: RunConfig, plan: Plan) -> dict[str, Any]:
         "student.dtype": config.student.dtype,
         "student.lora": None if lora is None else lora.model_dump(mode="json"),
     }
+
+
+def _base(config: RunConfig, learner: Learner) -> str | None:
+    """Revision of the model before training where it goes on to count: checkpoints do not hold it."""
+    initial = "initial" in channels_of(learner.plan, config.run.name).values()
+    return learner.student.revision if learner.student.lora or initial else None
 
 
 def _check_same_run(fixed: dict[str, Any], ledger: Ledger, checkpoints: CheckpointStore) -> None:

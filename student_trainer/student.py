@@ -29,6 +29,7 @@ class Student:
     fingerprint: str
     dtype: torch.dtype  # of the forward pass and of exports
     lora: bool
+    revision: str  # of the model before training: a hub commit, or the hash of a directory's content
 
     @property
     def device(self) -> torch.device:
@@ -116,6 +117,7 @@ def load_student(settings: StudentSettings) -> Student:
         fingerprint=tokenizer_fingerprint(loaded.tokenizer),
         dtype=DTYPES[settings.dtype],
         lora=settings.lora is not None,
+        revision=loaded.revision,
     )
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import tomllib
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.rank_jobs import Job, make_learner, save_models
 from tutelage.v1.rollout_pb2 import SampleOrder
+from tutelage_client.errors import TutelageError
 from typer.testing import CliRunner
 
 from launcher.cli import app
@@ -200,6 +203,30 @@ def test_initial_weights_are_published_once_also_by_a_trainer_that_resumes(
     assert ledger.step == 1
     again = load_file(tmp_path / "run/initial/v00000000/model.safetensors")
     assert all(torch.equal(tensor, before[name]) for name, tensor in again.items())
+
+
+@pytest.mark.parametrize(
+    ("job", "weights", "counts"),
+    [
+        (replace(JOB, lora=LoraSettings(rank=2)), {"average": "ema"}, True),
+        (JOB, {"before": "initial", "average": "ema"}, True),
+        (JOB, {"average": "ema"}, False),
+    ],
+    ids=["adapters", "initial", "every weight is in the checkpoint"],
+)
+def test_a_run_does_not_go_on_from_another_model_under_the_same_name(
+    job: Job, weights: dict[str, str], counts: bool, models: Path, tmp_path: Path
+) -> None:
+    """Adapters would go on upon another base, and the initial weights would be another model's."""
+    shutil.copytree(models, tmp_path / "models")
+    checkpoints = CheckpointStore(tmp_path / "run" / "checkpoints")
+    config, learner = make_run(tmp_path / "models", tmp_path / "run", job, weights)
+    restore(config, checkpoints, learner)
+    file = tmp_path / "models" / job.model / "model.safetensors"
+    save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    _, learner = make_run(tmp_path / "models", tmp_path / "run", job, weights)
+    with pytest.raises(TutelageError, match=r"student\.model \(content\)") if counts else nullcontext():
+        restore(config, checkpoints, learner)
 
 
 def test_a_run_that_begins_anew_has_nothing_of_the_one_before_it(models: Path, tmp_path: Path) -> None:
