@@ -290,12 +290,15 @@ REWARD_MIXING = Experiment(
             Measure("sampled"),
         ),
         Claim(
-            "without the gate the inverse ratio collapses", "RLRT", "inverse ratio, gated",
+            "without the gate the inverse ratio collapses, below its start", "RLRT", START,
             "inverse ratio, no gate", Measure("sampled"),
         ),
         Claim(
-            "without the gate the ratio collapses", "RLSD", "multiplied, gated", "multiplied, no gate",
-            Measure("sampled"),
+            "the gate prevents that collapse", "RLRT", "inverse ratio, gated", START, Measure("sampled")
+        ),
+        Claim(
+            "without the gate the ratio towards the teacher collapses, below its start", "RLSD", START,
+            "multiplied, no gate", Measure("sampled"),
         ),
     ),
 )  # fmt: skip
