@@ -11,6 +11,7 @@ from support import preset_formulas, reward_formulas, self_distillation_formulas
 from support.preset_problem import plan_of, required, trained, written_out
 from tutelage_client.types import Signal
 
+from benchmarks.learning.experiments import EXPERIMENTS
 from student_trainer.objective import presets
 from student_trainer.objective.compile import Plan, compile_plan
 from student_trainer.objective.settings import ObjectiveError, ObjectiveSettings
@@ -75,7 +76,7 @@ ASKED = {
     "consistency": {"context": "run.initial, told context: candidates 64"},
     "cepo": {
         "right": "run.live, told answer: sampled",
-        "wrong": "run.live, told failure: sampled",
+        "wrong": "run.live, told failure or answer: sampled",
     },
     "rlsd": {"answer": "run.live, told answer: sampled"},
     "rlrt": {"informed": "run.live, told success: sampled"},
@@ -113,6 +114,12 @@ def _asked(plan: Plan, view: str, teacher: str, signal: Signal) -> str:
 def test_only_a_view_that_may_go_without_its_context_leaves_responses_out(name: str) -> None:
     plan = plan_of(name)
     assert plan.tokens.marked_only <= any(missing == "same" for missing in plan.missing.values())
+
+
+def test_cepo_leaves_a_response_without_a_failed_sibling_its_plain_advantage() -> None:
+    contexts = plan_of("cepo").contexts
+    assert contexts["wrong"][-1] == contexts["right"][0]  # the same q twice: w = 1
+    assert "failure" in contexts["wrong"][0].fields
 
 
 def settings(**row: Any) -> ObjectiveSettings:
@@ -162,3 +169,35 @@ def test_every_preset_has_a_row_in_the_table_of_methods() -> None:
     lines = [line.split(" | ") for line in text.splitlines() if line.count(" | ") > 5]
     rows = {cells[1].strip("`"): cells[4] for cells in lines if cells[1].startswith("`")}
     assert rows == {preset.name: preset.read for preset in map(presets.load, presets.names())}
+
+
+def test_an_experiment_stands_beside_a_preset_only_where_its_settings_were_trained() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "methods.md").read_text()
+    lines = [line.strip("|").split(" | ") for line in text.splitlines() if line.count(" | ") > 5]
+    named = [
+        (cells[1].strip(" `"), letter.strip())
+        for cells in lines
+        if cells[1].strip().startswith("`")
+        for letter in cells[6].strip().split(", ")
+        if len(letter.strip()) == 1  # with a bracket it says what was otherwise
+    ]
+    assert ("sdpo", "e") in named
+    trained = {
+        (experiment.name[0], _kind(ObjectiveSettings.model_validate(arm.objective)))
+        for experiment in EXPERIMENTS.values()
+        for arm in experiment.arms
+    }
+    wrong = [
+        (name, letter) for name, letter in named if (letter, _kind(settings(preset=name))) not in trained
+    ]
+    assert not wrong
+
+
+def _kind(row: ObjectiveSettings) -> tuple[object, ...]:
+    """What makes a method of a row: all but its numbers, wording and names."""
+    row = presets.resolve(row)
+    return (
+        row.distill_coefficient != 0 and (row.divergence, row.support, row.tail, len(row.views) or 1),
+        row.estimator, row.correction, row.log_ratio, row.mix, row.ratio, row.tokens, row.weights,
+        row.ema_rate, "ema" in {view.weights for view in row.views.values()},
+    )  # fmt: skip
