@@ -44,7 +44,8 @@ class Crew:
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
             whole = bars.add_task("all", total=len(tasks), completed=len(tasks) - len(self._waiting))
             self._bars, self._whole, self._quiet = bars, whole, console.is_terminal
-            threads = [threading.Thread(target=self._work) for _ in range(self.workers)]
+            busy = min(self.workers, len(self._waiting))
+            threads = [threading.Thread(target=self._work) for _ in range(busy)]
             for thread in threads:
                 thread.start()
             try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +16,13 @@ import torch
 
 from benchmarks.learning.__main__ import findings_of, whole_of
 from benchmarks.learning.arms import START, Answered, Arm, Claim, Experiment, Measure, Sizes, arm_key
+from benchmarks.learning.crew import Crew
 from benchmarks.learning.experiments import EXPERIMENTS, chosen
 from benchmarks.learning.loop import Course, Session
 from benchmarks.learning.models import MODELS, ModelSpec, Part, make_model, model_path
 from benchmarks.learning.report import page, write
 from benchmarks.learning.skills import ADDITION, SUBTRACTION, held_out, problem, subtracted, training_pairs
-from benchmarks.learning.tasks import plan_tasks, write_result
+from benchmarks.learning.tasks import plan_tasks, read_result, write_result
 from benchmarks.learning.verdicts import Findings, judge
 from launcher.quickstart_recipes import ModelRecipe
 from student_trainer.config import parse_run_config
@@ -255,3 +257,22 @@ def test_an_experiment_is_named_by_its_beginning() -> None:
     assert [experiment.name[0] for experiment in chosen(["a", "c-priv"])] == ["a", "c"]
     with pytest.raises(ValueError, match="--only: got 'z'"):
         chosen(["z"])
+
+
+def test_a_crew_does_what_is_left_and_survives_a_failure(directory: Path, tmp_path: Path) -> None:
+    for name in ("sloppy", "adder"):
+        trained = model_path(directory / "models", name, 0, SPECS)
+        shutil.copytree(trained, model_path(tmp_path / "models", name, 0))
+    tasks = plan_tasks([EXPERIMENTS["a-strong-to-weak"]], [0], tmp_path, SIZES)
+    wanted = [task for task in tasks if task.arm in ("GRPO, no teacher", "supervised on answers")]
+    lost = replace(wanted[0], path=tmp_path / "lost.json", needs=(tmp_path / "no model",))
+    broken = replace(wanted[0], arm="no such arm", path=tmp_path / "broken.json")
+    crew = Crew(tmp_path, SIZES, "abc", workers=1)
+    crew.do([lost, broken, *wanted])
+    assert [task.done for task in wanted] == [True, True]
+    assert {read_result(task.path)["source"] for task in wanted} == {"abc"}
+    assert list(crew.failures) == [broken.title]
+    assert "StopIteration" in crew.failures[broken.title]
+    made = [task.path.stat().st_mtime_ns for task in wanted]
+    crew.do(wanted)
+    assert [task.path.stat().st_mtime_ns for task in wanted] == made, "what is done is not done again"
