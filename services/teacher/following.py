@@ -89,6 +89,11 @@ class FollowingEngine:
             self._freed.set()
         return replace(score, identity=self._named(score.identity))
 
+    async def offers(self, pins: Pins) -> bool:
+        """Whether something has been published, as of now, that `published` would wait for."""
+        await self._look()
+        return self._reaches(_wanted(pins))
+
     async def published(self, pins: Pins) -> None:
         """Wait until there are weights that `pins` allow.
 
@@ -98,12 +103,13 @@ class FollowingEngine:
         Raises:
             TutelageError: NOT_FOUND when they have been deleted, or for a least version that stays away.
         """
-        await self._look()
+        if await self.offers(pins):
+            return
         exact, least = pins.weights_version, pins.min_weights_version or 0
         patience = None if exact is not None else WITHDRAWN_SECONDS
         try:
             async with asyncio.timeout(patience if least else None), self._changed:
-                await self._changed.wait_for(lambda: self._reaches(least if exact is None else exact))
+                await self._changed.wait_for(lambda: self._reaches(_wanted(pins)))
         except TimeoutError:
             raise TutelageError(
                 "NOT_FOUND",
@@ -267,3 +273,8 @@ class FollowingEngine:
             return False
         self._loaded, self._identity = wanted, self._named(engine.identity)
         return True
+
+
+def _wanted(pins: Pins) -> int:
+    """The version that has to be published before there can be weights that `pins` allow."""
+    return (pins.min_weights_version or 0) if pins.weights_version is None else pins.weights_version

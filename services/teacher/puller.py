@@ -178,20 +178,24 @@ class Puller:
     ) -> Score:
         """Ask once the weights that the job wants are there, while they stay."""
         while True:
-            publication = asyncio.create_task(following.published(request.pins))
-            self._waiting += 1
-            self._begins_to_wait.set()
-            try:
-                await self._until_stopped_or(publication)
-            finally:
-                self._waiting -= 1
-                publication.cancel()
-            if not publication.done():
-                raise _DrainingError
-            publication.result()
+            if not await following.offers(request.pins):  # who only looks keeps its place
+                await self._until_published(following, request)
             async with self._slots, following.holding(request.pins) as held:
                 if held:
                     return await ask()
+
+    async def _until_published(self, following: FollowingEngine, request: ScoreRequest) -> None:
+        publication = asyncio.create_task(following.published(request.pins))
+        self._waiting += 1
+        self._begins_to_wait.set()
+        try:
+            await self._until_stopped_or(publication)
+        finally:
+            self._waiting -= 1
+            publication.cancel()
+        if not publication.done():
+            raise _DrainingError
+        publication.result()
 
     async def _hand_back(self, worker: JobWorker, claim: JobClaim, span: tracing.Span) -> None:
         await worker.release(claim)

@@ -293,6 +293,26 @@ async def test_jobs_get_the_weights_they_pin_and_those_to_come_keep_nobody_waiti
         await assert_by_those_it_names(score, request)
 
 
+async def test_a_replica_claims_no_more_jobs_than_it_works_on_where_the_weights_are_there(
+    queue: Queue, store: PolicyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that looks for its weights, on a slow disk, waits for none: the others are for other replicas."""
+    latest = Channel.latest
+    monkeypatch.setattr(Channel, "latest", lambda channel: (time.sleep(0.05), latest(channel))[1])
+    publish(store, 0)
+    queue._max_queued_tokens = 10_000
+    for index in range(12):
+        await queue.submit_group(make_group("r", index), [pinned(min_weights_version=0)])
+    slow = partial(fake, latency_seconds=0.1)
+    async with started(store, slow) as engine, pulling(queue, engine, concurrency=2):
+        most = 0
+        for _ in range(40):
+            await asyncio.sleep(0.01)
+            most = max(most, (await queue.teacher_stats("fake")).jobs.in_flight)
+        await scored(queue, 12)
+    assert most == 2
+
+
 async def test_a_job_whose_version_is_gone_fails_at_once_and_clearly(
     queue: Queue, store: PolicyStore
 ) -> None:
