@@ -208,6 +208,10 @@ LIGHTNING = Experiment(
     notes=(
         "Cached scores are of the responses of the start; nothing is sampled again. A teacher that never "
         "changes would score them no differently later, so each was asked once.",
+        "The condition is imitated: no model wrote either start's data. The start called taught by the "
+        "teacher saw right sums, as the teacher did, for 300 steps; the one called taught by another saw "
+        "4,000 sums with forgotten carries. They differ in how good they are, too, so that a difference "
+        "between them need not be the condition's doing.",
     ),
 )  # fmt: skip
 
@@ -252,7 +256,11 @@ TOKEN_BUDGETS = Experiment(
             Measure("sampled"),
         ),
     ),
-    notes=("Entropy is the teacher's. All arms sample and score the same tokens; the loss sees a part.",),
+    notes=(
+        "Entropy is the teacher's. All arms sample and score the same tokens; the loss sees a part.",
+        "By disagreement that part is divided by all tokens, by entropy and chance by itself: Adam makes up "
+        "for that, but the bound of 1 on the gradient's norm does not.",
+    ),
 )  # fmt: skip
 
 

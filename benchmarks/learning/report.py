@@ -24,6 +24,7 @@ WORDS = {
     "not clear": "Not clear here: the seeds disagree, or differ by no more than chance.",
     "not measured": "Not measured.",
 }
+ALIKE_IN_SOME = "Not clear here: alike in some seeds, and not in others."
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,7 @@ def _section(found: Findings) -> str:
     experiment = found.experiment
     parts = [f"## {experiment.name[0]}. {experiment.title}", experiment.question]
     parts += list(experiment.notes)
-    parts += [_table(found), _tokens(found)]
+    parts += [_table(found), " ".join([_tokens(found), *_rates(found)])]
     parts.append("\n".join(f"- {sentence(judged)}" for judged in found.judged()))
     if any(found.seeds(arm.name) for arm in experiment.arms):
         parts.append(f"![{experiment.title}]({picture_name(found)})")
@@ -159,10 +160,21 @@ def _tokens(found: Findings) -> str:
     )
 
 
+def _rates(found: Findings) -> list[str]:
+    """A sentence about learning rates, where the arms have several."""
+    rates: dict[float, list[str]] = {}
+    for arm in found.experiment.arms:
+        if arm.trained:
+            rates.setdefault(arm.learning_rate, []).append(f"“{arm.name}”")
+    told = "; ".join(f"{rate:g} for {', '.join(names)}" for rate, names in rates.items())
+    return [f"**Not one learning rate: {told}.**"] if len(rates) > 1 else []
+
+
 def sentence(judged: Judged) -> str:
     """A claim and what was found, in words."""
     claim = judged.claim
-    told = f"*{claim.says}* ({claim.source}). **{WORDS[judged.verdict]}**"
+    partly = claim.alike is not None and judged.verdict == "not clear"
+    told = f"*{claim.says}* ({claim.source}). **{ALIKE_IN_SOME if partly else WORDS[judged.verdict]}**"
     if judged.more is None or judged.less is None or judged.difference is None:
         return told
     measure, other = claim.measure, claim.less_measure or claim.measure

@@ -20,7 +20,7 @@ from benchmarks.learning.crew import Crew
 from benchmarks.learning.experiments import EXPERIMENTS, chosen
 from benchmarks.learning.loop import Course, Session
 from benchmarks.learning.models import MODELS, ModelSpec, Part, make_model, model_path
-from benchmarks.learning.report import page, write
+from benchmarks.learning.report import page, sentence, write
 from benchmarks.learning.skills import ADDITION, SUBTRACTION, held_out, problem, subtracted, training_pairs
 from benchmarks.learning.tasks import plan_tasks, read_result, write_result
 from benchmarks.learning.verdicts import Findings, judge
@@ -99,6 +99,22 @@ def test_budgets_count_what_is_used_trained_written_and_scored(directory: Path) 
     again = replace(EXPERIMENTS["g-cached"].arm("live, start taught by another"), fixed=1)
     cached = course(EXPERIMENTS["g-cached"], again, directory)
     assert cached.tokens_written == cached.tokens_scored == cached.tokens_used / SIZES.steps
+
+
+@pytest.mark.parametrize(("arm", "fixed"), [("live", False), ("cached", True)])
+def test_the_student_writes_with_its_new_weights_unless_the_start_writes_all(
+    directory: Path, arm: str, fixed: bool
+) -> None:
+    found = EXPERIMENTS["g-cached"]
+    session = Session(
+        found, found.arm(f"{arm}, start taught by the teacher"), 0, directory, SIZES, specs=SPECS
+    )
+    start = [p.clone() for p in session.generator.model.parameters()]
+    asyncio.run(session.run(lambda step, steps: None))
+    writer = list(session.generator.model.parameters())
+    trained = [p.detach() for p in session.learner.student.model.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(writer, start if fixed else trained, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(start, trained, strict=True))
 
 
 def test_supervised_training_is_the_cross_entropy_of_the_answers(directory: Path) -> None:
@@ -228,6 +244,8 @@ def test_the_page_is_made_of_the_figures(tmp_path: Path) -> None:
     assert text == page(findings, whole)
     assert "All 4 arms are done." in text
     assert "Code abc;" in text
+    assert whole.complete
+    assert not replace(whole, sources={"abc": ["x"], "def": ["x"]}).complete
     assert "| left | 90.0 ± 7.1 | 85.0 ± 7.1 | 13.5 ± 0.0 | 1,000 | 1,000 | 10 | 2 |" in text
     assert "| *before: sloppy* | 90.0 ± 7.1 | 20.0 ± 0.0 | 13.5 ± 0.0 |  |  |  |  |" in text
     assert "left 85.0 ± 7.1, right 50.0 ± 0.0" in text
@@ -246,11 +264,27 @@ def test_a_page_of_a_part_says_so_and_unequal_tokens_are_named(tmp_path: Path) -
     whole = whole_of(plan_tasks([PAGE], [0], tmp_path, SIZES), (0,), SIZES)
     text = page([found], whole)
     assert "Not complete: 1 of 2 arms are done" in text
+    assert not whole.complete
     assert "not measured" in text
     two = page([found], replace(whole, sources={"abc": ["x"], "def": ["y", "z"]}))
     assert "Not one run: code abc made x; code def made y, z." in two
     apart = Findings(PAGE, {"left": {0: known(0.8, 1000)}, "right": {0: known(0.5, 1500)}}, 500)
     assert "Not equal tokens: up to 40% apart" in page([apart], whole)
+
+
+def test_arms_that_are_alike_in_some_seeds_are_not_said_to_differ_by_chance() -> None:
+    claim = replace(CLAIM, alike=0.05)
+    text = sentence(judge(claim, {0: 0.74, 1: 0.75, 2: 0.73}, {0: 0.78, 1: 0.82, 2: 0.80}, prompts=500))
+    assert "alike in some seeds, and not in others" in text
+    assert "chance" not in text
+
+
+def test_learning_rates_that_differ_are_named() -> None:
+    whole = whole_of([], (0,), SIZES)
+    text = page([Findings(PAGE, {}, 4)], whole)
+    assert "Not one learning rate: 0.001 for “left”; 0.0001 for “right”." in text
+    alike = replace(PAGE, arms=(PAGE.arms[0], replace(PAGE.arms[1], learning_rate=1e-3)))
+    assert "learning rate" not in page([Findings(alike, {}, 4)], whole)
 
 
 def test_an_experiment_is_named_by_its_beginning() -> None:

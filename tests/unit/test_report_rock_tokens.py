@@ -53,6 +53,14 @@ def test_a_token_that_stays_apart_is_a_rock_and_one_that_is_learned_is_not() -> 
     assert (found.early_steps, found.late_steps) == ((0, 10), (40, 50))
 
 
+def test_a_token_that_is_still_the_worst_but_half_learned_is_no_rock() -> None:
+    found = find_rock_tokens(run_of(early={1: -4.0, 2: -0.1}, late={1: -2.0, 2: -0.1}))
+    assert found is not None
+    assert found.tokens[0].token_id == 1
+    assert found.tokens[0].late.mean > found.late_mean
+    assert not found.tokens[0].rock
+
+
 def test_shares_are_of_all_divergence_and_means_per_occurrence() -> None:
     found = find_rock_tokens(run_of(early={1: -2.0, 2: -2.0}, late={1: -2.0, 2: -1.0}))
     assert found is not None
