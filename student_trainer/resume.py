@@ -40,8 +40,9 @@ def restore(config: RunConfig, checkpoints: CheckpointStore, learner: Learner) -
         ledger = Ledger(settings=fixed, pending_evaluations=first_evaluation)
         withdraw(config.run.directory)
         publish_initial(config, learner)
-        checkpoints.save(learner.state_tensors(), ledger)
+        # In the checkpoint too: who resumes from it has to know that something was published before.
         ledger.lineage = continued((), 0)
+        checkpoints.save(learner.state_tensors(), ledger)
         return ledger
     _check_same_run(fixed, checkpoint.ledger, checkpoints)
     publish_initial(config, learner)  # as long as it is what it was before training

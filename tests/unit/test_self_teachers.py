@@ -229,6 +229,18 @@ def test_a_run_does_not_go_on_from_another_model_under_the_same_name(
         restore(config, checkpoints, learner)
 
 
+def test_a_trainer_that_died_before_its_first_step_was_saved_counts_as_one_before(
+    models: Path, tmp_path: Path
+) -> None:
+    """What it published has left scores on their way, which its successor refuses and goes on."""
+    lineages = []
+    for _ in range(2):
+        config, learner = make_run(models, tmp_path / "run", JOB, {"average": "ema"})
+        lineages.append(restore(config, CheckpointStore(tmp_path / "run" / "checkpoints"), learner).lineage)
+    assert [stretch.start for stretch in lineages[1]] == [0, 0]
+    assert lineages[1][:1] == lineages[0]
+
+
 def test_a_run_that_begins_anew_has_nothing_of_the_one_before_it(models: Path, tmp_path: Path) -> None:
     """Its checkpoints are gone and its student is another; the channels still hold the old one's weights."""
     wanted = {"before": "initial", "average": "ema", "now": "live"}
