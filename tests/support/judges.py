@@ -53,8 +53,8 @@ def save_judge(directory: Path, follows: Mapping[str, str] = FOLLOWS, characters
     return directory
 
 
-# By the last character of a response: 1 to 4 are bad, 5 to 8 are good, of all else it says nothing.
-LIKES_LARGE = {**dict.fromkeys("1234", "0"), **dict.fromkeys("5678", "9"), "0": "<end>", "9": "<end>"}
+# By the last character of a response: 5 to 8 are good, all else is bad, of 0 and 9 it says nothing.
+LIKES_LARGE = {**dict.fromkeys("1234+-=,:", "0"), **dict.fromkeys("5678", "9"), "0": "<end>", "9": "<end>"}
 
 
 def run_judge(url: str, model: str, settings: str, log: str) -> None:
