@@ -106,6 +106,7 @@ SECOND_SKILL = Experiment(
     ),
     notes=(
         "The start forgets four borrows in five. It can repeat a solution that stands before the prompt.",
+        "Arms are compared at equal tokens, not at equal skill: who learned less may have forgotten less.",
     ),
 )  # fmt: skip
 
