@@ -212,7 +212,7 @@ LIGHTNING = Experiment(
         "teacher saw right sums, as the teacher did, for 300 steps; the one called taught by another saw "
         "4,000 sums with forgotten carries. They differ in how good they are, too, so that a difference "
         "between them need not be the condition's doing.",
-        "The source trains at a learning rate of 2e-6; here all arms have 3e-4, and go further from the start.",
+        "The source trains at a learning rate of 2e-6; here every arm has 3e-4 and goes far from its start.",
     ),
 )  # fmt: skip
 
