@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support import preset_formulas, reward_formulas, self_distillation_formulas
-from support.preset_problem import plan_of, required, trained, written_out
+from support.preset_problem import (
+    LOGITS,
+    V,
+    make_batch,
+    plan_of,
+    random_problem,
+    required,
+    trained,
+    written_out,
+)
 from tutelage_client.types import Signal
 
 from benchmarks.learning.experiments import EXPERIMENTS
 from student_trainer.objective import presets
 from student_trainer.objective.compile import Plan, compile_plan
+from student_trainer.objective.loss import objective_loss
 from student_trainer.objective.settings import ObjectiveError, ObjectiveSettings
 
 FORMULAS = preset_formulas.FORMULAS | self_distillation_formulas.FORMULAS | reward_formulas.FORMULAS
@@ -120,6 +131,18 @@ def test_cepo_leaves_a_response_without_a_failed_sibling_its_plain_advantage() -
     contexts = plan_of("cepo").contexts
     assert contexts["wrong"][-1] == contexts["right"][0]  # the same q twice: w = 1
     assert "failure" in contexts["wrong"][0].fields
+
+
+@pytest.mark.parametrize("name", ["g-opd", "exopd", "lightning", "sdpo"])
+def test_the_student_as_a_step_of_one_update_starts_is_the_one_that_is_updated(name: str) -> None:
+    plan, x = plan_of(name), random_problem()
+    assert plan.uses_old
+    leaf = LOGITS.clone().requires_grad_()
+    batch = replace(make_batch(plan, x), old_logprobs=None)
+    objective_loss(leaf, torch.eye(V, dtype=torch.float64), None, batch, plan).loss.backward()
+    own = LOGITS.clone().requires_grad_()
+    FORMULAS[name](replace(x, old=x.of(x.student)), own.log_softmax(-1)).backward()
+    torch.testing.assert_close(leaf.grad, own.grad)
 
 
 def settings(**row: Any) -> ObjectiveSettings:
