@@ -118,9 +118,9 @@ def _from_feedback(name: str, *contexts: Mapping[str, str]) -> Arm:
 
 FEEDBACK = Experiment(
     name="e-feedback",
-    title="Textual feedback against a scalar reward",
-    question="Does a student that is told what was right, in words, learn faster than one that is told how "
-    "good each answer was?",
+    title="A sibling's success or the solution, against a scalar reward",
+    question="Does a student whose teacher sees what was right learn faster than one that is told how good "
+    "each answer was?",
     arms=(
         _from_feedback("a sibling's success", SHOWN_A_SUCCESS),
         _from_feedback("success, else the solution", SHOWN_A_SUCCESS, TOLD_THE_SOLUTION),
@@ -128,9 +128,14 @@ FEEDBACK = Experiment(
     ),
     claims=(
         Claim(
-            "learning from feedback beats GRPO at equal tokens", "SDPO", "success, else the solution", "GRPO",
-            PLAIN,
+            "hindsight beats GRPO at equal tokens", "SDPO",
+            "success, else the solution", "GRPO", PLAIN,
         ),
-        Claim("a sibling's success is enough", "SDPO", "a sibling's success", "GRPO", PLAIN),
+        Claim("a sibling's success alone beats GRPO", "SDPO", "a sibling's success", "GRPO", PLAIN),
+    ),
+    notes=(
+        "The tokenizer has characters for sums and none for words, so no checker says what was wrong.",
+        "The start knows how to work with care once it is told the rule or the solution, and a reward finds "
+        "that too.",
     ),
 )  # fmt: skip

@@ -180,12 +180,12 @@ LIGHTNING = Experiment(
     name="g-cached",
     title="Cached against live scores",
     question="Are scores of the start's own responses, taken once, as good as scores of what the student "
-    "writes while it learns? The report's condition: who wrote the start's training data also scores.",
+    "writes while it learns?",
     judge="adder",
     arms=(
         *(
             sampled(f"{how}, start {condition}", objective, start=start, teachers=THE_ADDER, fixed=fixed)
-            for condition, start in (("taught by the teacher", "taught"), ("taught by another", "sloppy"))
+            for condition, start in (("of right sums", "taught"), ("of sloppy sums", "sloppy"))
             for how, objective, fixed in (("live", SAMPLED, 0), ("cached", CACHED, ALL))
         ),
         sampled(
@@ -194,24 +194,22 @@ LIGHTNING = Experiment(
     ),
     claims=(
         Claim(
-            "cached scores do as well as live ones when the teacher wrote the start's data",
+            "cached scores do as well as live ones for a start that saw what the teacher saw",
             "Lightning OPD",
-            "cached, start taught by the teacher", "live, start taught by the teacher",
-            Measure("sampled"), alike=0.05,
+            "cached, start of right sums", "live, start of right sums", Measure("sampled"), alike=0.05,
         ),
         Claim(
-            "they do worse when somebody else wrote it",
-            "Lightning OPD",
-            "live, start taught by another", "cached, start taught by another", Measure("sampled"),
+            "they do as well for a start that saw other data",
+            "control",
+            "cached, start of sloppy sums", "live, start of sloppy sums", Measure("sampled"), alike=0.05,
         ),
     ),
     notes=(
         "Cached scores are of the responses of the start; nothing is sampled again. A teacher that never "
         "changes would score them no differently later, so each was asked once.",
-        "The condition is imitated: no model wrote either start's data. The start called taught by the "
-        "teacher saw right sums, as the teacher did, for 300 steps; the one called taught by another saw "
-        "4,000 sums with forgotten carries. They differ in how good they are, too, so that a difference "
-        "between them need not be the condition's doing.",
+        "The report asks that the teacher which scores wrote the start's training data. No model wrote it: "
+        "one start saw right sums, as the teacher did, for 300 steps, the other 4,000 sums with forgotten "
+        "carries. They differ in how good they are, too, so this neither meets the condition nor tests it.",
         "The source trains at a learning rate of 2e-6; here every arm has 3e-4 and goes far from its start.",
     ),
 )  # fmt: skip

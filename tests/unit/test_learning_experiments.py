@@ -67,7 +67,7 @@ def test_every_arm_is_a_run_file(experiment: str, arm: str, directory: Path) -> 
         ("d-second-skill", "supervised on answers"),
         ("e-feedback", "success, else the solution"),
         ("f-two-experts", "routed by skill"),
-        ("g-cached", "cached, start taught by the teacher"),
+        ("g-cached", "cached, start of right sums"),
         ("h-token-budgets", "10% by entropy"),
         ("i-reward-mixing", "inverse ratio, no gate"),
     ],
@@ -96,7 +96,7 @@ def test_budgets_count_what_is_used_trained_written_and_scored(directory: Path) 
     half = course(budgets, budgets.arm("50% by chance"), directory)
     assert half.tokens_scored == half.tokens_used
     assert half.tokens_trained == pytest.approx(half.tokens_used / 2, abs=SIZES.steps)
-    again = replace(EXPERIMENTS["g-cached"].arm("live, start taught by another"), fixed=1)
+    again = replace(EXPERIMENTS["g-cached"].arm("live, start of sloppy sums"), fixed=1)
     cached = course(EXPERIMENTS["g-cached"], again, directory)
     assert cached.tokens_written == cached.tokens_scored == cached.tokens_used / SIZES.steps
 
@@ -106,9 +106,7 @@ def test_the_student_writes_with_its_new_weights_unless_the_start_writes_all(
     directory: Path, arm: str, fixed: bool
 ) -> None:
     found = EXPERIMENTS["g-cached"]
-    session = Session(
-        found, found.arm(f"{arm}, start taught by the teacher"), 0, directory, SIZES, specs=SPECS
-    )
+    session = Session(found, found.arm(f"{arm}, start of right sums"), 0, directory, SIZES, specs=SPECS)
     start = [p.clone() for p in session.generator.model.parameters()]
     asyncio.run(session.run(lambda step, steps: None))
     writer = list(session.generator.model.parameters())
