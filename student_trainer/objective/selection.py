@@ -198,7 +198,7 @@ def _advantage(
     """
     if not plan.needs_teacher or plan.estimator == "pathwise":
         return None if reward is None else mixed_advantage(plan, None, reward, None)
-    old = batch.old_logprobs if plan.uses_old else None
+    old = batch.old_logprobs if plan.log_ratio == "student" else None
     own = (batch.behaviour_logprobs if old is None else old).double()
     known_own, own = torch.isfinite(own), torch.nan_to_num(own, 0.0, 0.0, 0.0)
     distill = torch.zeros_like(own)

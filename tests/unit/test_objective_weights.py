@@ -225,7 +225,7 @@ def test_rollout_cap_weighs_by_the_trainers_own_old_probabilities(known: bool) -
     batch = make_batch(old_logprobs=OLD if known else None)
     weight = (old - BEHAVIOUR).exp().clamp(max=CAP)
     assert 0 < int((weight == CAP).sum()) < T
-    advantage = at_sampled(LOG_Q) - (OLD if known else BEHAVIOUR)
+    advantage = at_sampled(LOG_Q) - BEHAVIOUR  # log_ratio is "behaviour"
 
     def clipped(log_p: Tensor) -> Tensor:
         ratio = (at_sampled(log_p) - old).exp()
