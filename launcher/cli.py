@@ -5,6 +5,7 @@ Bad input ends with one clear line on stderr and exit status 2, never with a tra
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,6 +16,7 @@ from launcher.cli_look import exporter, status, views
 from launcher.cli_score import sample, score
 from launcher.cli_teacher import PASSES_OPTIONS_ON, teacher
 from launcher.queue_address import PASSWORD_BELONGS, QUEUE_URL_VARIABLE, given_queue_url
+from services.exit_status import end_here
 
 app = typer.Typer(
     name="tutelage",
@@ -204,6 +206,8 @@ def train(
 
         with scoring_in_process(config):
             status = trainer(config, unfinished_status)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            end_here(status)  # torchrun would take an abort after the end for a failure of the run
         raise typer.Exit(status)
 
 

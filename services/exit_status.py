@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from typing import NoReturn
+
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 # Codes of TutelageError that trying again cannot cure: `tutelage up` does not restart such a child.
 PERMANENT = ("INVALID_ARGUMENT", "FAILED_PRECONDITION", "NOT_FOUND", "UNAUTHENTICATED")
@@ -13,3 +17,10 @@ def exit_status(error: BaseException) -> int:
 
     permanent = isinstance(error, TutelageError) and error.code in PERMANENT
     return EXIT_BAD_INPUT if permanent else EXIT_FAILED
+
+
+def end_here(status: int) -> NoReturn:
+    """End the process at once; in the interpreter's own shutdown, threads of libraries can still abort it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

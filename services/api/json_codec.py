@@ -34,8 +34,10 @@ def parse_request(body: bytes, limits: Limits) -> pb.ScoreRequest:
     _pack_lists(document)
     try:
         return json_format.ParseDict(document, pb.ScoreRequest())
-    except (json_format.ParseError, ValueError, TypeError, RecursionError, SystemError) as error:
-        # SystemError: protobuf's C code, when a name has a lone surrogate.
+    except (json_format.ParseError, ValueError, TypeError, ArithmeticError, RecursionError) as error:
+        # ArithmeticError: an infinite number where an enumeration stands.
+        raise invalid(f"body: not a ScoreRequest ({_first_line(error)})") from error
+    except SystemError as error:  # protobuf's C code, when a name has a lone surrogate
         raise invalid(f"body: not a ScoreRequest ({_first_line(error)})") from error
 
 

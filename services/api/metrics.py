@@ -21,6 +21,7 @@ from prometheus_client.metrics_core import Metric
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 ENGINE_PREFIX = "vllm:"
+CACHE_OUTCOMES, CACHE_FAILURES = ("hit", "miss", "shared"), ("corrupt", "store")
 
 
 class _EngineMetrics:
@@ -70,6 +71,10 @@ class Metrics:
         self.queue_jobs = counter("queue_jobs", "Jobs taken from the queue, by outcome", "outcome")
         self.cache_sequences = counter("cache_sequences", "Sequences at the cache, by outcome", "outcome")
         self.cache_failures = counter("cache_failures", "What the cache did without, by reason", "reason")
+        for outcome in CACHE_OUTCOMES:
+            self.cache_sequences.labels(outcome)
+        for reason in CACHE_FAILURES:
+            self.cache_failures.labels(reason)
         self.cache_bytes = gauge("cache_bytes", "Bytes that the cache holds, as last counted")
         self.registry.register(_EngineMetrics())
 

@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,7 +23,7 @@ from services.api.grpc_server import GrpcServer
 from services.api.http_app import build_app, build_metrics_app
 from services.api.http_server import HttpServer
 from services.api.metrics import Metrics
-from services.exit_status import EXIT_FAILED, exit_status
+from services.exit_status import EXIT_FAILED, end_here, exit_status
 from services.logs import log_to_stderr
 from services.teacher.build import build_cached
 from services.teacher.engine import Engine
@@ -62,9 +61,7 @@ async def _run_to_the_end(settings: TeacherSettings) -> NoReturn:
         _log.exception("replica_failed")
         status = EXIT_FAILED
     await asyncio.to_thread(tracing.stop)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    end_here(status)
 
 
 class Replica:

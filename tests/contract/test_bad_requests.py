@@ -309,6 +309,7 @@ MALFORMED_JSON = {
     "lone surrogate as a nested name": b'{"sequences": [{"id": "a"}], "signal": {"\\ud800": 1}}',
     "lone surrogate as a list": b'{"sequences": "\\ud800"}',
     "lone surrogate as an enum": b'{"sequences": [{"id": "a"}], "signal": {"encoding": "\\ud800"}}',
+    "endless number as an enum": b'{"sequences": [{"id": "a"}], "signal": {"encoding": 1e999}}',
     "lone surrogate as a number": b'{"sequences": [{"id": "a"}], "signal": {"temperature": "\\ud800"}}',
     "lone surrogate": b'{"teacher": "\\ud800"}',
 }

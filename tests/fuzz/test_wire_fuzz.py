@@ -110,14 +110,17 @@ signals = st.builds(
     entropy=st.booleans(),
     temperature=st.just(1.0) | st.floats(0.5, 2) | st.floats(),
     encoding=st.integers(0, 2) | st.integers(0, 2) | st.integers(0, 3),
+    judgement=st.sampled_from([False] * 15 + [True]),
+    hidden_layers=st.sampled_from([()] * 15 + [(0,), (2, 1)]),
 )
 pins = st.builds(
     pb.Pins,
     tokenizer_fingerprint=st.none() | st.text(max_size=3),
     revision=st.none() | st.just("0"),
     weights_version=st.none() | st.integers(-1, 1),
+    min_weights_version=st.none() | st.integers(-1, 1),
 )
-messages = st.builds(
+anything_asked = st.builds(
     pb.ScoreRequest,
     request_id=st.text(max_size=3),
     teacher=st.sampled_from(["", "", "fake", "other"]),
@@ -126,6 +129,15 @@ messages = st.builds(
     sequences=st.lists(sequences, min_size=1, max_size=4) | st.lists(sequences, max_size=1),
     signal=signals,
 )
+well_asked = st.builds(
+    pb.ScoreRequest,
+    contexts=st.lists(st.builds(pb.Context, ids=good_ids), min_size=1, max_size=1),
+    sequences=st.lists(
+        st.builds(pb.Sequence, id=st.uuids().map(str), response_ids=good_ids), min_size=1, max_size=4
+    ),
+    signal=st.builds(pb.Signal, sampled=st.just(True), top_k=st.integers(0, 4), entropy=st.booleans()),
+)
+messages = anything_asked | well_asked
 
 
 @st.composite
