@@ -216,11 +216,16 @@ LIGHTNING = Experiment(
 
 
 def selected(name: str, fraction: float, how: str) -> Arm:
-    """On-policy distillation on a fraction of the positions."""
+    """On-policy distillation on a fraction of the positions, divided by all of them.
+
+    What `top_fraction` drops counts as zero in the mean. Positions without a score do not count, so the
+    loss of the others is made smaller by the fraction.
+    """
     if how == "disagreement":
         return Arm(name, {**OPD, "tokens": {"top_fraction": fraction}}, teachers=THE_ADDER)
     pick = "entropy" if how == "entropy" else "random"
-    return Arm(name, OPD, teachers=THE_ADDER, fraction=fraction, pick=pick)
+    objective = {**OPD, "distill_coefficient": fraction}
+    return Arm(name, objective, teachers=THE_ADDER, fraction=fraction, pick=pick)
 
 
 BUDGETS = (0.05, 0.1, 0.5)
@@ -233,8 +238,8 @@ TOKEN_BUDGETS = Experiment(
         Arm("all tokens", OPD, teachers=THE_ADDER),
         *(
             selected(f"{fraction:.0%} by {how}", fraction, how)
-            for how, budgets in (("disagreement", BUDGETS), ("entropy", BUDGETS[:2]), ("chance", BUDGETS))
-            for fraction in budgets
+            for how in ("disagreement", "entropy", "chance")
+            for fraction in BUDGETS
         ),
     ),
     claims=(
@@ -257,8 +262,7 @@ TOKEN_BUDGETS = Experiment(
     ),
     notes=(
         "Entropy is the teacher's. All arms sample and score the same tokens; the loss sees a part.",
-        "By disagreement that part is divided by all tokens, by entropy and chance by itself: Adam makes up "
-        "for that, but the bound of 1 on the gradient's norm does not.",
+        "However the part is chosen, its loss is divided by all tokens.",
     ),
 )  # fmt: skip
 
