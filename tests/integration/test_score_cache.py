@@ -43,9 +43,11 @@ class Replica:
         self.engine = CachedEngine(_AsEngine(self.scorer), store, variant=fake, metrics=self.metrics)
 
     def outcomes(self) -> dict[str, int]:
-        """Sequences by outcome so far."""
+        """Sequences by outcome so far, of the outcomes that occurred."""
         samples = next(iter(self.metrics.cache_sequences.collect())).samples
-        return {s.labels["outcome"]: int(s.value) for s in samples if s.name.endswith("_total")}
+        return {
+            s.labels["outcome"]: int(s.value) for s in samples if s.name.endswith("_total") and s.value > 0
+        }
 
     def failures(self, reason: str) -> float:
         return float(self.metrics.cache_failures.labels(reason)._value.get())
