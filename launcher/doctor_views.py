@@ -112,7 +112,7 @@ def _contexts(examples: Examples, count: int) -> list[dict[str, tuple[Context, .
 
 def _filled(plan: Plan, view: str, contexts: Sequence[Context]) -> Finding:
     """How many of the examples' contexts are known, wait for responses, or can never be built."""
-    from student_trainer.objective.settings import ROLLOUT_FIELDS
+    from student_trainer.objective.view_settings import ROLLOUT_FIELDS
 
     known = sum(context.template is not None for context in contexts)
     waits = sum(

@@ -12,7 +12,7 @@ from tutelage_client.types import Int32Array
 
 from student_trainer.config import RunConfig
 from student_trainer.objective.plan import Plan
-from student_trainer.objective.settings import ContextTemplate
+from student_trainer.objective.view_settings import ContextTemplate
 from student_trainer.sampler.contexts import AUXILIARY, Context, Sampled, without_thinking
 from student_trainer.sampler.examples import Examples, load_examples
 from student_trainer.sampler.prompts import EncodedPrompt

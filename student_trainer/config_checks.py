@@ -6,7 +6,8 @@ import re
 from typing import TYPE_CHECKING
 
 from student_trainer.objective.plan import Plan
-from student_trainer.objective.settings import SIBLINGS, ObjectiveError
+from student_trainer.objective.settings import ObjectiveError
+from student_trainer.objective.view_settings import SIBLINGS
 
 if TYPE_CHECKING:
     from student_trainer.config import RunConfig

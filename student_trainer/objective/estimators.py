@@ -12,11 +12,7 @@ import torch
 from torch import Tensor
 
 from student_trainer.objective.divergences import MAX_LOG_RATIO, FDivergence
-from student_trainer.objective.settings import (
-    Correction,
-    ImportanceCorrection,
-    PpoCorrection,
-)
+from student_trainer.objective.settings import Correction, ImportanceCorrection, PpoCorrection
 from student_trainer.objective.weights import position_in_sequence
 
 

@@ -19,7 +19,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from student_trainer.objective.settings import CustomSettings, ObjectiveError
+from student_trainer.objective.extension_settings import CustomSettings
+from student_trainer.objective.settings import ObjectiveError
 
 ARGUMENTS: Mapping[str, tuple[str, ...]] = {
     "divergence": ("u",),

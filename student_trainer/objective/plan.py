@@ -8,18 +8,15 @@ from typing import Literal
 
 from tutelage_client.types import Signal
 
+from student_trainer.objective.extension_settings import AuxiliarySettings, HiddenSettings
 from student_trainer.objective.functions import FunctionSource
 from student_trainer.objective.settings import (
-    AuxiliarySettings,
     Charge,
-    ContextTemplate,
     Correction,
     Divergence,
     Estimator,
     GateSettings,
-    HiddenSettings,
     LogRatio,
-    MissingContext,
     MissingView,
     Mix,
     Normalisation,
@@ -32,6 +29,7 @@ from student_trainer.objective.settings import (
     TokenSettings,
     WeightSettings,
 )
+from student_trainer.objective.view_settings import ContextTemplate, MissingContext
 
 JUDGE = "judge"  # the request about a group that asks the judge; no view has this name beside one
 DEFAULT_BETA = 0.5

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from string import Formatter
-from typing import Annotated, Any, Literal, Self, TypeAlias
+from typing import Annotated, Literal, Self, TypeAlias
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    FiniteFloat,
-    NonNegativeInt,
-    PositiveInt,
-    Tag,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt, model_validator
+
+from student_trainer.objective.extension_settings import AuxiliarySettings, CustomSettings, HiddenSettings
+from student_trainer.objective.view_settings import StrictSettings, ViewSettings
 
 Divergence: TypeAlias = Literal[
     "kl_student_teacher",
@@ -43,161 +33,28 @@ Mix: TypeAlias = Literal["replace", "add", "multiply", "route"]
 Normalisation: TypeAlias = Literal["token_mean", "sequence_mean"]
 Charge: TypeAlias = Literal["divergence", "cross_entropy"]
 Horizon: TypeAlias = NonNegativeInt | Literal["response"]
-FunctionName: TypeAlias = Annotated[str, Field(pattern=r"^.+:[A-Za-z_]\w*$")]
 LogRatio: TypeAlias = Literal["behaviour", "student"]
-MissingContext: TypeAlias = Literal["error", "same"]
 MissingView: TypeAlias = Literal["drop", "renormalise"]
-
-SIBLINGS = frozenset({"success", "failure"})  # another response of the group
-ROLLOUT_FIELDS = frozenset({"feedback", "response"}) | SIBLINGS  # known once the group is sampled
-GROUP_FIELDS = frozenset({"prompt", "answer", "other_prompt"})
 
 
 class ObjectiveError(ValueError):
     """Settings that contradict each other or that a teacher cannot serve; says what is allowed."""
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ContextTemplate(_Settings):
-    """A privileged context: what stands where the student saw its prompt; fields in braces.
-
-    Fields are {prompt}, {answer}, any field of the example, {success} and {failure} (a sibling's successful
-    or failed response without its thinking, never the response itself), {feedback} (what the checker says
-    about this very response), {response} (this very response) and {other_prompt} (another prompt of the
-    same step). Write {{ and }} for braces.
-    """
-
-    user: str | None = Field(
-        None, description="with a chat template the text of the last user message, otherwise the whole prompt"
-    )
-    system: str | None = Field(None, description="system message put before; needs a chat template")
-
-    @field_validator("user", "system")
-    @classmethod
-    def _names_fields(cls, text: str | None) -> str | None:
-        if text is not None:
-            template_fields(text)
-        return text
-
-    @model_validator(mode="after")
-    def _says_something(self) -> Self:
-        if self.user is None and self.system is None:
-            raise ValueError("got neither user nor system; give one of them, or both")
-        return self
-
-    @property
-    def fields(self) -> frozenset[str]:
-        """Names of the fields that must be there to fill it."""
-        texts = [text for text in (self.user, self.system) if text is not None]
-        return frozenset(name for text in texts for name in template_fields(text))
-
-    @property
-    def per_rollout(self) -> bool:
-        """Whether the rollouts of a group get contexts of their own."""
-        return bool(self.fields & ROLLOUT_FIELDS)
-
-
-def template_fields(text: str) -> list[str]:
-    """Names of the fields of a template's text, in order; raises ValueError for anything else in braces."""
-    try:
-        parts = list(Formatter().parse(text))
-    except ValueError as error:
-        raise ValueError(f"{error}; write {{{{ and }}}} for braces that are no field") from None
-    names = []
-    for _, name, format_spec, conversion in parts:
-        if name is None:
-            continue
-        if not name.isidentifier() or format_spec or conversion:
-            raise ValueError(
-                f"got field {name!r}, allowed: a plain name such as {{answer}}; write {{{{ and }}}} for "
-                "braces that are no field"
-            )
-        names.append(name)
-    return names
-
-
-def _context_kind(value: Any) -> str:
-    if isinstance(value, ContextTemplate | Mapping):
-        return ContextTemplate.__name__
-    return "list" if isinstance(value, list | tuple) else "same"
-
-
-ViewContext: TypeAlias = Annotated[
-    Annotated[Literal["same"], Tag("same")]
-    | Annotated[ContextTemplate, Tag(ContextTemplate.__name__)]
-    | Annotated[tuple[ContextTemplate, ...], Tag("list")],
-    Discriminator(_context_kind),
-]
-
-
-class ViewSettings(_Settings):
-    """Whose log-probabilities: weights × context, and how they enter the target."""
-
-    weights: str = Field(
-        "teacher",
-        description='"teacher:NAME", or "teacher" where the run has exactly one; the student\'s own weights '
-        'before training ("initial"), as they are trained ("live") or their moving average ("ema"); '
-        '"checkpoint:PATH"; "reference": the teacher of that name, else "initial"',
-    )
-    context: ViewContext = Field(
-        "same",
-        description='the student\'s own prompt ("same"), a template {user = "…", system = "…"}, or a list of '
-        "templates of which the first is used whose fields are all there",
-    )
-    missing: MissingContext = Field(
-        "error",
-        description="where no template can be filled: refuse, or show the student's own prompt (same), which "
-        "tokens.marked_only leaves out",
-    )
-    coefficient: FiniteFloat = Field(1.0, description="c_v of the target")
-    clip: Annotated[FiniteFloat, Field(gt=0)] | None = Field(
-        None,
-        description="log_linear, any view but the first: its distance from the first view's "
-        "log-probability enters within ± clip, in nats",
-    )
-    route: dict[str, str] = Field(
-        default_factory=dict,
-        description='TAG = "TEACHER": who scores an example, by its [data] tag_field; instead of weights',
-    )
-    weight_field: str | None = Field(
-        None, description="field of the example with a factor of the coefficient"
-    )
-
-    @field_validator("context", mode="before")
-    @classmethod
-    def _same_or_templates(cls, context: Any) -> Any:
-        if (isinstance(context, str) and context != "same") or context in ([], ()):
-            raise ValueError(
-                f'got {context!r}, allowed: "same", a template {{user = "…", system = "…"}}, or a list of '
-                "templates"
-            )
-        return context
-
-    @property
-    def templates(self) -> tuple[ContextTemplate, ...]:
-        """Templates of a privileged context in the order they are tried; empty for the student's own."""
-        if self.context == "same":
-            return ()
-        return (self.context,) if isinstance(self.context, ContextTemplate) else self.context
-
-
-class NoCorrection(_Settings):
+class NoCorrection(StrictSettings):
     """Trust the samples as they are: L = −A · log p(y)."""
 
     kind: Literal["none"] = Field("none", description="no correction")
 
 
-class ImportanceCorrection(_Settings):
+class ImportanceCorrection(StrictSettings):
     """Weigh by p/μ of the sampled token, truncated at `cap` (none: never truncated)."""
 
     kind: Literal["importance"] = Field(description="weigh by p/μ")
     cap: Annotated[FiniteFloat, Field(gt=0)] | None = Field(None, description="largest weight")
 
 
-class PpoCorrection(_Settings):
+class PpoCorrection(StrictSettings):
     """The clipped surrogate of PPO, optionally with the second clip for negative advantages."""
 
     kind: Literal["ppo"] = Field(description="clip p/μ to 1 ± clip")
@@ -215,7 +72,7 @@ Correction: TypeAlias = Annotated[
 ]
 
 
-class TokenSettings(_Settings):
+class TokenSettings(StrictSettings):
     """Which response positions are trained on; all conditions must hold.
 
     What a gate or `top_fraction` drops counts as zero in the mean.
@@ -252,7 +109,7 @@ class TokenSettings(_Settings):
     )
 
 
-class WeightSettings(_Settings):
+class WeightSettings(StrictSettings):
     """Detached factors of a position's loss; they multiply."""
 
     prefix: Annotated[FiniteFloat, Field(gt=0)] | None = Field(
@@ -271,7 +128,7 @@ class WeightSettings(_Settings):
     )
 
 
-class GateSettings(_Settings):
+class GateSettings(StrictSettings):
     """Distillation beside a reward acts only while a step's mean entropy is high enough."""
 
     entropy_of: Literal["student", "teacher"] = Field(
@@ -294,66 +151,7 @@ class GateSettings(_Settings):
         return self
 
 
-class AuxiliarySettings(_Settings):
-    """A loss beside the objective: the student is to say under a privileged context what it says without."""
-
-    kind: Literal["consistency"] = Field(
-        description="+ coefficient · KL(p without the context, held fixed ‖ p under it), over the vocabulary"
-    )
-    context: ViewContext = Field(description="a template, or a list of them, as for a view")
-    coefficient: Annotated[FiniteFloat, Field(gt=0)] = Field(1.0, description="factor of the loss")
-    missing: MissingContext = Field(
-        "error", description="where no template can be filled: refuse, or leave that response out (same)"
-    )
-
-    @field_validator("context")
-    @classmethod
-    def _is_another(cls, context: Any) -> Any:
-        if context in ("same", ()):
-            raise ValueError(f"got {context!r}; give a template, or a list of templates")
-        return context
-
-    @property
-    def templates(self) -> tuple[ContextTemplate, ...]:
-        """The templates, in the order they are tried."""
-        found = self.context
-        return found if isinstance(found, tuple) else (found,) if isinstance(found, ContextTemplate) else ()
-
-
-class HiddenSettings(_Settings):
-    """A loss beside the objective (OPRD): the student's hidden states towards the teacher's, as wide."""
-
-    layers: tuple[PositiveInt, ...] = Field(
-        min_length=1, description="layers of student and teacher, in ascending order; 1 is the first"
-    )
-    coefficient: Annotated[FiniteFloat, Field(gt=0)] = Field(1.0, description="factor of the loss")
-    positions: PositiveInt = Field(2000, description="positions of a response that enter, from its end")
-
-    @field_validator("layers")
-    @classmethod
-    def _ascend(cls, layers: tuple[int, ...]) -> tuple[int, ...]:
-        if sorted(set(layers)) != list(layers):
-            raise ValueError(f"got {list(layers)}, must be in ascending order, each once")
-        return layers
-
-
-class CustomSettings(_Settings):
-    """Functions of your own: "module:attribute", or "file.py:attribute" relative to the file that says so."""
-
-    divergence: FunctionName | None = Field(
-        None, description="in place of `divergence`: f of u = q/p, element by element, or an FDivergence"
-    )
-    token_weight: FunctionName | None = Field(
-        None, description="tokens → factor of every position's loss; tokens are the detached TokenValues"
-    )
-    advantage: FunctionName | None = Field(
-        None,
-        description="score_function: (advantage, tokens) → the distillation advantage that is used instead",
-    )
-    teacher_entropy: bool = Field(False, description="have the teacher's entropy among the tokens' values")
-
-
-class ObjectiveSettings(_Settings):
+class ObjectiveSettings(StrictSettings):
     """What the trainer minimises. `preset` names a published row; other keys override it."""
 
     preset: str | None = Field(

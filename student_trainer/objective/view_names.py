@@ -6,7 +6,8 @@ import difflib
 import hashlib
 from collections.abc import Mapping, Sequence
 
-from student_trainer.objective.settings import ObjectiveError, ObjectiveSettings, ViewSettings
+from student_trainer.objective.settings import ObjectiveError, ObjectiveSettings
+from student_trainer.objective.view_settings import ViewSettings
 
 SELF = ("initial", "live", "ema")  # the student's own weights, which the trainer publishes
 CHECKPOINT = "checkpoint:"

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from services.models.vllm_settings import VllmSettings
-from student_trainer.objective.settings import ROLLOUT_FIELDS, ContextTemplate
+from student_trainer.objective.view_settings import ROLLOUT_FIELDS, ContextTemplate
 
 # What vLLM samples at; below the least it would silently take that, above the largest it refuses.
 VLLM_TEMPERATURES = (0.01, 2.0)

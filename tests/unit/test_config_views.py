@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from student_trainer.config import RunConfig, RunFileError, parse_run_config
-from student_trainer.objective.settings import ContextTemplate, template_fields
 from student_trainer.objective.view_names import self_teacher
+from student_trainer.objective.view_settings import ContextTemplate, template_fields
 
 RUN_FILE = """
 [run]

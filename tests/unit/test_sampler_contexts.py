@@ -17,7 +17,8 @@ from support.text_tokenizer import text_tokenizer
 from tutelage_client.errors import TutelageError
 
 from student_trainer.objective.compile import Plan, compile_plan
-from student_trainer.objective.settings import ContextTemplate, ObjectiveSettings
+from student_trainer.objective.settings import ObjectiveSettings
+from student_trainer.objective.view_settings import ContextTemplate
 from student_trainer.sampler.contexts import Context, ContextBuilder, Sampled, without_thinking
 from student_trainer.sampler.data import PromptSource, load_prompts
 from student_trainer.sampler.prompts import EncodedPrompt, PromptEncoder

@@ -1,0 +1,75 @@
+"""Settings of what stands beside the six choices: further losses, and functions of the user's."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import Field, FiniteFloat, PositiveInt, field_validator
+
+from student_trainer.objective.view_settings import (
+    ContextTemplate,
+    MissingContext,
+    StrictSettings,
+    ViewContext,
+)
+
+FunctionName: TypeAlias = Annotated[str, Field(pattern=r"^.+:[A-Za-z_]\w*$")]
+
+
+class AuxiliarySettings(StrictSettings):
+    """A loss beside the objective: the student is to say under a privileged context what it says without."""
+
+    kind: Literal["consistency"] = Field(
+        description="+ coefficient · KL(p without the context, held fixed ‖ p under it), over the vocabulary"
+    )
+    context: ViewContext = Field(description="a template, or a list of them, as for a view")
+    coefficient: Annotated[FiniteFloat, Field(gt=0)] = Field(1.0, description="factor of the loss")
+    missing: MissingContext = Field(
+        "error", description="where no template can be filled: refuse, or leave that response out (same)"
+    )
+
+    @field_validator("context")
+    @classmethod
+    def _is_another(cls, context: Any) -> Any:
+        if context in ("same", ()):
+            raise ValueError(f"got {context!r}; give a template, or a list of templates")
+        return context
+
+    @property
+    def templates(self) -> tuple[ContextTemplate, ...]:
+        """The templates, in the order they are tried."""
+        found = self.context
+        return found if isinstance(found, tuple) else (found,) if isinstance(found, ContextTemplate) else ()
+
+
+class HiddenSettings(StrictSettings):
+    """A loss beside the objective (OPRD): the student's hidden states towards the teacher's, as wide."""
+
+    layers: tuple[PositiveInt, ...] = Field(
+        min_length=1, description="layers of student and teacher, in ascending order; 1 is the first"
+    )
+    coefficient: Annotated[FiniteFloat, Field(gt=0)] = Field(1.0, description="factor of the loss")
+    positions: PositiveInt = Field(2000, description="positions of a response that enter, from its end")
+
+    @field_validator("layers")
+    @classmethod
+    def _ascend(cls, layers: tuple[int, ...]) -> tuple[int, ...]:
+        if sorted(set(layers)) != list(layers):
+            raise ValueError(f"got {list(layers)}, must be in ascending order, each once")
+        return layers
+
+
+class CustomSettings(StrictSettings):
+    """Functions of your own: "module:attribute", or "file.py:attribute" relative to the file that says so."""
+
+    divergence: FunctionName | None = Field(
+        None, description="in place of `divergence`: f of u = q/p, element by element, or an FDivergence"
+    )
+    token_weight: FunctionName | None = Field(
+        None, description="tokens → factor of every position's loss; tokens are the detached TokenValues"
+    )
+    advantage: FunctionName | None = Field(
+        None,
+        description="score_function: (advantage, tokens) → the distillation advantage that is used instead",
+    )
+    teacher_entropy: bool = Field(False, description="have the teacher's entropy among the tokens' values")
