@@ -190,6 +190,10 @@ def train(
 ) -> None:
     """Train the student of a run, continuing from its newest checkpoint.
 
+    Orders groups from the run's samplers and trains on what its teachers scored: start
+    them beside it, with the same queue. SIGTERM and Ctrl-C finish the step and save. On
+    several GPUs: torchrun --nproc-per-node N -m launcher train RUN.toml.
+
     [bold]Examples[/bold]
 
       tutelage train run.toml
@@ -245,13 +249,17 @@ def doctor(
 @app.command(rich_help_panel=LOOK)
 def report(
     run_directory: Annotated[
-        Path, typer.Argument(metavar="RUN_DIR", show_default=False, help="[run] directory.")
+        Path,
+        typer.Argument(
+            metavar="RUN_DIR", show_default=False, help="What the run file calls \\[run] directory."
+        ),
     ],
 ) -> None:
     """Write one HTML page and PNGs about a run, finished or not.
 
     Accuracy, KL to the teacher, loss, throughput, and sample rollouts with every
-    token coloured by what the teacher thought of it. The page needs no network.
+    token coloured by what the teacher thought of it. The page, RUN_DIR/report.html,
+    needs no network; the PNGs are in RUN_DIR/report.
 
     [bold]Example[/bold]
 

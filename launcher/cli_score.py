@@ -55,7 +55,8 @@ def score(
         str | None, typer.Option(metavar="PATH_OR_ID", help="For text; the model's own by default.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="A .parquet or .jsonl file. [default: FILE.scores.jsonl]")
+        Path | None,
+        typer.Option(help="A .parquet or .jsonl file. \\[default: FILE.scores.jsonl]", show_default=False),
     ] = None,
     top_k: Annotated[int, typer.Option(min=0, help="Most probable tokens per position.")] = 0,
     entropy: Annotated[bool, typer.Option("--entropy", help="Also the teacher's entropy.")] = False,
@@ -73,7 +74,7 @@ def score(
     Each line is an object with context_ids and response_ids; or with prompt (text or
     chat messages) and response as text; or with messages of which the assistant's is the
     last. --tokenizer or --model says how text is read. An id, behaviour_logprobs,
-    sampling_temperature and finished are kept.
+    sampling_temperature, finished and example are kept.
 
     A .parquet output is a score file: a run may answer from it and replay it. A command
     that was killed goes on where it stood when it is given again.

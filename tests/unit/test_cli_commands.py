@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from launcher.cli import app
@@ -82,6 +83,16 @@ def test_every_command_explains_itself_with_an_example(command: str) -> None:
     ran = tutelage(command, "--help")
     assert ran.exit_code == 0
     assert f"tutelage {command}" in ran.stdout.split("Example", 1)[1]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_every_word_of_every_option(command: str) -> None:
+    """What stands in brackets is markup to rich unless it is escaped, and is not shown."""
+    wide = {"COLUMNS": "1000", "NO_COLOR": "1", "TERM": "dumb"}
+    shown = " ".join(CliRunner().invoke(app, [command, "--help"], env=wide).stdout.split())
+    parameters = get_command(app).commands[command].params
+    texts = [parameter.help.replace("\\[", "[") for parameter in parameters]
+    assert [text for text in texts if " ".join(text.split()) not in shown] == []
 
 
 @pytest.fixture
