@@ -72,6 +72,7 @@ class Preview:
     tag: str
     prompt: EncodedPrompt
     guide: EncodedPrompt | None  # what the student samples under, where that is not its prompt
+    guided: int  # responses of a group that it samples under it
     responses: tuple[Response, ...]
     views: tuple[ViewPreview, ...]
     trained: tuple[int, int | None]  # first response position that is trained on, and the end
@@ -110,7 +111,7 @@ def preview(config: RunConfig, tokenizer: Any, number: int, texts: Sequence[str]
     (contexts,) = examples.contexts.contexts([sampled], [prompt])
     special = [token for token, added in tokenizer.added_tokens_decoder.items() if added.special]
     run = _Run(config, plan, examples, prompt, special)
-    guided = config.sampling.context is not None
+    guided = config.sampling.guided
     skip, keep = plan.tokens.skip_first_n, plan.tokens.keep_first_n
     return Preview(
         run=config.run.name,
@@ -119,6 +120,7 @@ def preview(config: RunConfig, tokenizer: Any, number: int, texts: Sequence[str]
         tag=examples.labels.tag(number, example),
         prompt=prompt,
         guide=examples.contexts.guided([number], [example])[0] if guided else None,
+        guided=guided,
         responses=responses,
         views=tuple(
             _view(run, sampled, view, contexts.get(view, (Context(prompt),))) for view in plan.view_requests

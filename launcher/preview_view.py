@@ -42,7 +42,8 @@ def _header(found: Preview) -> RenderableType:
     title = Text.assemble((f"{found.run}, example {found.number}", "bold"), (f"  {found.place}{tag}", FAINT))
     parts: list[Text] = [title, Text.assemble(("prompt   ", FAINT), found.prompt.text)]
     if found.guide is not None:
-        parts.append(Text.assemble(("sampled  ", FAINT), "under [sampling] context: ", found.guide.text))
+        under = f"{found.guided} of a group under [sampling] context: "
+        parts.append(Text.assemble(("sampled  ", FAINT), under, found.guide.text))
     for place, response in enumerate(found.responses):
         reward = "" if response.reward is None else f"  reward {response.reward:g}"
         parts.append(Text.assemble((f"response {place} ", FAINT), response.text, (reward, FAINT)))

@@ -37,7 +37,7 @@ def check_alignment(result: StepResult, version: int) -> float | None:
                     (member.rollout.length,),
                     member.group.policy_version == version
                     and member.group.distance == 0
-                    and member.group.sampled_by == "student",
+                    and member.group.sampled_as_trained(member.rollout),
                 )
                 for member in micro_batch.members
             ]

@@ -350,7 +350,8 @@ class RunConfig(_Section):
             student_temperature=self.sampling.temperature,
             teachers=sorted(self.teachers),
             run=self.run.name,
-            guided=self.sampling.context is not None,
+            guided=self.sampling.guided > 0,
+            own_samples=self.sampling.guided < self.sampling.samples_per_prompt,
         )
 
     @model_validator(mode="after")

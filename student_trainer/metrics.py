@@ -19,6 +19,7 @@ from services import strict_json
 from student_trainer.config import RunConfig
 from student_trainer.evaluations import Evaluation
 from student_trainer.ledger import Ledger
+from student_trainer.sampler.settings import STUDENT
 from student_trainer.step_result import StepResult
 from student_trainer.verify import TrainingGroup
 
@@ -42,8 +43,8 @@ def step_record(
     """The figures of the step that made policy version `ledger.step`.
 
     Means are over trained positions. `kl` is the mean of log p(y) - log q(y) over tokens that the
-    student sampled, in nats, where the teacher's log q(y) is known; else, and where another model
-    sampled (that mean would estimate something else), the mean divergence of the objective.
+    student sampled, in nats, where the teacher's log q(y) is known; else, and where another model or a
+    guided student sampled (that mean would estimate something else), the mean divergence of the objective.
     """
     positions = max(1.0, result.sums.get("positions", 0.0))
     sums = dict(result.sums)
@@ -56,7 +57,7 @@ def step_record(
         share = {"teacher_entropy": known, "consistency": consistent, "hidden": states}.get(name, share)
         if share:
             record[name] = total / share
-    on_policy = all(group.sampled_by == "student" for group in groups)
+    on_policy = all(group.sampled_by == STUDENT for group in groups)
     for name in ("sampled_kl", "divergence") if on_policy else ("divergence",):
         if name in record:
             record["kl"] = record[name]

@@ -90,6 +90,7 @@ def fixed_settings(config: RunConfig, plan: Plan) -> dict[str, Any]:
             for view, (teacher, signal) in plan.view_requests.items()
         },
         "sampling.context": None if guide is None else guide.model_dump(),
+        "sampling.guided_samples": config.sampling.guided,
         "sampling.sampler": None if config.sampling.replayed is None else config.sampling.sampler,
         "student.model": config.student.model,
         "student.revision": config.student.revision,

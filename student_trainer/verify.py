@@ -23,6 +23,7 @@ from student_trainer.ledger import DropReason, TeacherPin
 from student_trainer.lineage import Lineage, from_proto
 from student_trainer.objective.compile import Plan
 from student_trainer.objective.plan import JUDGE
+from student_trainer.sampler.settings import GUIDED, STUDENT
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -42,7 +43,8 @@ class RefusedGroupError(Exception):
 class TrainingRollout:
     """One response of R tokens with the scores of its views: all that the plan needs, or all there are.
 
-    `marked` says whether every view with templates had a context of its own for it.
+    `marked` says whether every view with templates had a context of its own for it, `guided` whether the
+    student sampled it under [sampling] context.
     """
 
     response_ids: Int32Array  # [R]
@@ -52,6 +54,7 @@ class TrainingRollout:
     scores: Mapping[str, SequenceScore]
     marked: bool = True
     auxiliary_ids: Int32Array | None = None  # [P'], context of the plan's auxiliary loss
+    guided: bool = False
 
     @property
     def length(self) -> int:
@@ -83,6 +86,10 @@ class TrainingGroup:
     view_weights: Mapping[str, float] = field(default_factory=dict)  # factors of coefficients; 1 where absent
     missing_views: tuple[str, ...] = ()  # those that did not score every rollout
     scored_by: Mapping[str, Identity] = field(default_factory=dict)  # by view
+
+    def sampled_as_trained(self, rollout: TrainingRollout) -> bool:
+        """Whether one of its rollouts is the student's own, under the prompt that it is trained on."""
+        return self.sampled_by in (STUDENT, GUIDED) and not rollout.guided
 
     @property
     def num_tokens(self) -> int:
@@ -188,6 +195,9 @@ def _verify_rollouts(group: Group, expected: Expectations) -> tuple[Int32Array, 
     _check_ids("prompt_ids", prompt_ids, expected.vocab_size)
     if not group.rollouts:
         raise _shape("rollouts: there is none")
+    if any(rollout.guided for rollout in group.rollouts) != (group.sampled_by == GUIDED):
+        guided = [place for place, rollout in enumerate(group.rollouts) if rollout.guided]
+        raise _shape(f"rollouts: {guided} are guided in a group sampled by {group.sampled_by!r}")
     return prompt_ids, [_decode_rollout(i, rollout, expected) for i, rollout in enumerate(group.rollouts)]
 
 
@@ -208,6 +218,7 @@ def _decode_rollout(place: int, rollout: Rollout, expected: Expectations) -> Tra
         scores={},
         marked=_marked(name, rollout, expected.plan),
         auxiliary_ids=_auxiliary(name, rollout, expected),
+        guided=rollout.guided,
     )
 
 

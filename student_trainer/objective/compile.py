@@ -46,6 +46,7 @@ def compile_plan(
     teachers: Sequence[str] = (),
     run: str = "run",
     guided: bool = False,
+    own_samples: bool = False,
 ) -> Plan:
     """Check an objective and derive what it needs.
 
@@ -55,6 +56,7 @@ def compile_plan(
         teachers: names of the run's teachers; empty skips the check of names.
         run: the run's name, of which the teachers with the student's own weights have theirs.
         guided: whether the sampler's student sees another context than the trainer's.
+        own_samples: with `guided`, whether some responses of every group are sampled without that context.
 
     Raises:
         ObjectiveError: a combination without meaning; says which field and what is allowed.
@@ -131,6 +133,7 @@ def compile_plan(
         gate=row.gate,
         log_ratio=row.log_ratio or "behaviour",
         guided=guided,
+        own_samples=own_samples,
         auxiliary=row.auxiliary,
         hidden=row.hidden,
         custom=custom,

@@ -74,7 +74,8 @@ class Plan:
         custom: the user's functions, by kind; with one for the divergence, `divergence` is "custom".
         hidden: a loss beside the objective, of hidden states that the only view's teacher answers.
         auxiliary: a loss beside the objective, which needs the responses under a context of its own.
-        guided: whether the sampler's student saw another context than the trainer's.
+        guided: whether the sampler's student saw another context than the trainer's; with `own_samples`
+            for some responses of a group only.
         log_ratio: whose probability of the sampled token stands below q in u.
         needs_teacher, needs_reward, needs_behaviour: what a TokenBatch must carry.
         judge: teacher whose judgement is the reward; None: the task's checker says it.
@@ -125,6 +126,7 @@ class Plan:
     log_ratio: LogRatio = "behaviour"
     custom: Mapping[str, FunctionSource] = field(default_factory=dict)
     guided: bool = False
+    own_samples: bool = False
     auxiliary: AuxiliarySettings | None = None
     hidden: HiddenSettings | None = None
     contexts: Mapping[str, tuple[ContextTemplate, ...]] = field(default_factory=dict)
@@ -195,5 +197,8 @@ class Plan:
 
     @property
     def behaviour_comparable(self) -> bool:
-        """Whether behaviour log-probabilities are of the student's distribution that is trained."""
-        return self.temperature == self.sampling_temperature and not self.guided
+        """Whether behaviour log-probabilities are of the student's distribution that is trained.
+
+        Of groups with guided responses those of the others are, `TrainingGroup.sampled_as_trained`.
+        """
+        return self.temperature == self.sampling_temperature and (self.own_samples or not self.guided)

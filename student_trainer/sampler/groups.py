@@ -21,12 +21,10 @@ from student_trainer.sampler.examples import Examples
 from student_trainer.sampler.generate import Generator, Response, Row
 from student_trainer.sampler.pins import TeacherPins
 from student_trainer.sampler.prompts import EncodedPrompt
-from student_trainer.sampler.settings import SamplingSettings
+from student_trainer.sampler.settings import GUIDED, STUDENT, SamplingSettings
 from student_trainer.sampler.uniforms import uniforms
 from student_trainer.tasks import Example
 
-STUDENT = "student"
-GUIDED = "student@context"  # the student under [sampling] context
 _COIN = -1  # sample index of the number that decides who samples a group
 
 
@@ -109,6 +107,8 @@ class GroupSampler:
             group.policy_version = policy_version
             group.lineage.extend(to_proto(lineage))
             group.sampled_by = self._sampler_name(by_student[i])
+            for place, rollout in enumerate(group.rollouts):
+                rollout.guided = by_student[i] and place < self.sampling.guided
             for view, rollouts in contexts[i].items():
                 for rollout, context in zip(group.rollouts, rollouts, strict=True):
                     if context.template is None:
@@ -164,12 +164,12 @@ class GroupSampler:
             if not chosen:
                 continue
             own = [prompts[i] for i in chosen]
-            seen = own
-            if mine and self.sampling.context is not None:
+            guided, seen = (self.sampling.guided if mine else 0), own
+            if guided:
                 seen = self._contexts.guided([indices[i] for i in chosen], [examples[i] for i in chosen])
             rows = [
-                Row(prompt.ids, indices[i], sample)
-                for i, prompt in zip(chosen, seen, strict=True)
+                Row((under if sample < guided else prompt).ids, indices[i], sample)
+                for i, prompt, under in zip(chosen, own, seen, strict=True)
                 for sample in range(size)
             ]
             flat = self._generate(rows, [prompt.ids for prompt in own for _ in range(size)], mine=mine)

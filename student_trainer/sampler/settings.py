@@ -16,6 +16,10 @@ from student_trainer.objective.view_settings import ROLLOUT_FIELDS, ContextTempl
 # What vLLM samples at; below the least it would silently take that, above the largest it refuses.
 VLLM_TEMPERATURES = (0.01, 2.0)
 
+# Who sampled a group, beside the names of other models.
+STUDENT = "student"
+GUIDED = "student@context"  # some of its responses or all of them under [sampling] context
+
 
 class DataSettings(BaseModel):
     """Where prompts come from, how they become token ids, and how answers are checked.
@@ -123,6 +127,12 @@ class SamplingSettings(BaseModel):
         default=None,
         description="guided sampling: the student samples under this context, and is trained on its prompt",
     )
+    guided_samples: int | None = Field(
+        default=None,
+        ge=1,
+        description="with a context: of every group's responses the first so many are sampled under it, the "
+        "others under the student's own prompt; default: all",
+    )
     groups_per_order: int = Field(
         default=32, ge=1, description="groups that one rollout process takes at a time"
     )
@@ -149,6 +159,22 @@ class SamplingSettings(BaseModel):
             raise ValueError(
                 f"sampling.context: got field {later[0]!r}, which there is only once responses are sampled; "
                 "allowed: prompt, answer, other_prompt and fields of the example"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _guides_some(self) -> Self:
+        if self.guided_samples is None:
+            return self
+        if self.context is None:
+            raise ValueError(
+                f"sampling.guided_samples: got {self.guided_samples} without a context to sample under; give "
+                "[sampling] context, or leave guided_samples out"
+            )
+        if self.guided_samples > self.samples_per_prompt:
+            raise ValueError(
+                f"sampling.guided_samples: got {self.guided_samples}, allowed: at most samples_per_prompt = "
+                f"{self.samples_per_prompt}"
             )
         return self
 
@@ -185,6 +211,13 @@ class SamplingSettings(BaseModel):
         """The score file whose responses take the place of sampled ones."""
         kind, _, path = self.sampler.partition(":")
         return Path(path) if kind == "file" else None
+
+    @property
+    def guided(self) -> int:
+        """Responses of a group that the student samples under [sampling] context; 0 without one."""
+        if self.context is None:
+            return 0
+        return self.samples_per_prompt if self.guided_samples is None else self.guided_samples
 
     @property
     def student_share(self) -> float:

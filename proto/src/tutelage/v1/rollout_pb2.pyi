@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Rollout(_message.Message):
-    __slots__ = ("response_ids", "behaviour_logprobs", "candidate_ids", "num_candidates", "reward", "finished", "text", "privileged_views", "auxiliary_context_ids")
+    __slots__ = ("response_ids", "behaviour_logprobs", "candidate_ids", "num_candidates", "reward", "finished", "text", "privileged_views", "auxiliary_context_ids", "anchors", "guided")
     RESPONSE_IDS_FIELD_NUMBER: _ClassVar[int]
     BEHAVIOUR_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     CANDIDATE_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -18,6 +18,8 @@ class Rollout(_message.Message):
     TEXT_FIELD_NUMBER: _ClassVar[int]
     PRIVILEGED_VIEWS_FIELD_NUMBER: _ClassVar[int]
     AUXILIARY_CONTEXT_IDS_FIELD_NUMBER: _ClassVar[int]
+    ANCHORS_FIELD_NUMBER: _ClassVar[int]
+    GUIDED_FIELD_NUMBER: _ClassVar[int]
     response_ids: bytes
     behaviour_logprobs: bytes
     candidate_ids: bytes
@@ -27,7 +29,9 @@ class Rollout(_message.Message):
     text: str
     privileged_views: _containers.RepeatedScalarFieldContainer[str]
     auxiliary_context_ids: bytes
-    def __init__(self, response_ids: _Optional[bytes] = ..., behaviour_logprobs: _Optional[bytes] = ..., candidate_ids: _Optional[bytes] = ..., num_candidates: _Optional[int] = ..., reward: _Optional[float] = ..., finished: bool = ..., text: _Optional[str] = ..., privileged_views: _Optional[_Iterable[str]] = ..., auxiliary_context_ids: _Optional[bytes] = ...) -> None: ...
+    anchors: bytes
+    guided: bool
+    def __init__(self, response_ids: _Optional[bytes] = ..., behaviour_logprobs: _Optional[bytes] = ..., candidate_ids: _Optional[bytes] = ..., num_candidates: _Optional[int] = ..., reward: _Optional[float] = ..., finished: bool = ..., text: _Optional[str] = ..., privileged_views: _Optional[_Iterable[str]] = ..., auxiliary_context_ids: _Optional[bytes] = ..., anchors: _Optional[bytes] = ..., guided: bool = ...) -> None: ...
 
 class PolicyStretch(_message.Message):
     __slots__ = ("id", "start")
