@@ -2,7 +2,7 @@
 
 A position with a score that is not finite (or too large for the asked encoding) becomes
 valid=False with NaN everywhere and PAD_ID among the top ids, whatever the engine called it.
-Shapes: R response positions, K top ids, C candidates.
+Shapes: R response positions, K top ids, C candidates, F audited chunks.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ def guard(score: SequenceScore, sequence: Sequence, signal: Signal) -> tuple[Seq
     if signal.judgement:
         _check_judgement(score, sequence)
         return score, 0
+    if signal.continuations:
+        _check_agreement(score, sequence)
+        return score, 0
     _check_shapes(score, sequence, signal)
     assert score.valid is not None
     valid = score.valid
@@ -43,6 +46,20 @@ def _check_judgement(score: SequenceScore, sequence: Sequence) -> None:
     """A judge's number is from 0 to 1 and comes alone."""
     if score.judgement is None or not 0.0 <= score.judgement <= 1.0 or score.valid is not None:
         raise TutelageError("INTERNAL", f"engine answered judgement {score.judgement}, must be from 0 to 1")
+    _check_id(score, sequence)
+
+
+def _check_agreement(score: SequenceScore, sequence: Sequence) -> None:
+    """A writer's numbers are from 0 to 1, one for every anchor, and come alone."""
+    found, chunks = score.agreement, 0 if sequence.anchors is None else len(sequence.anchors)
+    alone = score.valid is None and score.judgement is None
+    if found is None or found.shape != (chunks,) or not alone:
+        got = None if found is None else list(found.shape)
+        raise TutelageError(
+            "INTERNAL", f"engine answered agreement with shape {got}, asked was [{chunks}] alone"
+        )
+    if not ((found >= 0) & (found <= 1)).all():
+        raise TutelageError("INTERNAL", f"engine answered agreement {found.tolist()}, must be from 0 to 1")
     _check_id(score, sequence)
 
 
@@ -66,6 +83,8 @@ def _check_shapes(score: SequenceScore, sequence: Sequence, signal: Signal) -> N
     _check_hidden(score, rows, len(signal.hidden_layers))
     if score.judgement is not None:
         raise TutelageError("INTERNAL", "engine answered a judgement, asked was none")
+    if score.agreement is not None:
+        raise TutelageError("INTERNAL", "engine answered an agreement, asked was none")
     for field, shape in expected.items():
         array: npt.NDArray[Any] | None = getattr(score, field)
         got = None if array is None else array.shape

@@ -21,6 +21,9 @@ from tutelage_client.types import Limits, Score, SequenceScore
 
 from services.api.validate import check_counts
 
+# Fields of a sequence that may be a list of integers, by how JSON may spell them.
+_ID_LISTS = {"response_ids": "response_ids", "responseIds": "response_ids", "anchors": "anchors"}
+
 
 def parse_request(body: bytes, limits: Limits) -> pb.ScoreRequest:
     """A ScoreRequest from JSON; raises INVALID_ARGUMENT for whatever is not one, or has too many parts."""
@@ -59,6 +62,8 @@ def _sequence_document(score: SequenceScore) -> dict[str, Any]:
         return {"id": score.id, "error": {"code": score.error.code, "message": score.error.message}}
     if score.judgement is not None:
         return {"id": score.id, "judgement": score.judgement, "verdict": score.verdict}
+    if score.agreement is not None:
+        return {"id": score.id, "agreement": score.agreement.tolist()}
     document: dict[str, Any] = {"id": score.id, "num_positions": score.num_positions}
     for name in ("sampled", "top_ids", "top_logprobs", "candidate_logprobs", "entropy", "valid", "hidden"):
         array: npt.NDArray[Any] | None = getattr(score, name)
@@ -82,10 +87,9 @@ def _pack_lists(document: dict[str, Any]) -> None:
         if isinstance(context.get("ids"), list):
             context["ids"] = _base64(_ids(context["ids"], f"contexts[{index}].ids"))
     for index, sequence in _objects(document, "sequences"):
-        for spelling in ("response_ids", "responseIds"):
+        for spelling, field in _ID_LISTS.items():
             if isinstance(sequence.get(spelling), list):
-                name = f"sequences[{index}].response_ids"
-                sequence[spelling] = _base64(_ids(sequence[spelling], name))
+                sequence[spelling] = _base64(_ids(sequence[spelling], f"sequences[{index}].{field}"))
         for spelling in ("candidate_ids", "candidateIds"):
             if isinstance(sequence.get(spelling), list):
                 _pack_candidates(sequence, spelling, f"sequences[{index}].candidate_ids")

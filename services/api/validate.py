@@ -63,7 +63,10 @@ def check_signal(signal: Signal, identity: Identity, limits: Limits) -> None:
         signal.sampled or signal.top_k or signal.candidates or signal.entropy or signal.hidden_layers
     )
     if limits.judge or signal.judgement:
-        _check_judgement(signal, limits, asks_arrays=asks_arrays)
+        _check_judgement(signal, limits, asks_others=asks_arrays or signal.continuations != 0)
+    if limits.max_continuations or signal.continuations or signal.chunk_tokens:
+        _check_continuations(signal, limits, asks_others=asks_arrays)
+    if limits.judge or limits.max_continuations:
         return
     if not asks_arrays:
         raise invalid(
@@ -97,13 +100,31 @@ def _check_layers(signal: Signal, limits: Limits) -> None:
         )
 
 
-def _check_judgement(signal: Signal, limits: Limits, *, asks_arrays: bool) -> None:
+def _check_judgement(signal: Signal, limits: Limits, *, asks_others: bool) -> None:
     if not limits.judge:
         raise invalid("signal.judgement: got true, this teacher is no judge")
-    if not signal.judgement or asks_arrays:
+    if not signal.judgement or asks_others:
         raise invalid("signal: this teacher is a judge, ask for judgement and for nothing else")
     if signal.temperature != 1.0:
         raise invalid(f"signal.temperature: got {signal.temperature}, a judge answers only 1")
+
+
+def _check_continuations(signal: Signal, limits: Limits, *, asks_others: bool) -> None:
+    if not signal.continuations and signal.chunk_tokens:
+        raise invalid(f"signal.chunk_tokens: got {signal.chunk_tokens} without continuations, must be 0")
+    most = limits.max_continuations
+    if not most:
+        raise invalid(f"signal.continuations: got {signal.continuations}, this teacher writes nothing")
+    if not signal.continuations or asks_others:
+        raise invalid("signal: this teacher is a writer, ask for continuations and for nothing else")
+    if not 1 <= signal.continuations <= most:
+        raise invalid(f"signal.continuations: got {signal.continuations}, allowed are 1 to {most}")
+    if signal.chunk_tokens < 1:
+        raise invalid(f"signal.chunk_tokens: got {signal.chunk_tokens}, must be at least 1")
+    if signal.temperature != 1.0:
+        raise invalid(
+            f"signal.temperature: got {signal.temperature}, must be 1; a writer has its own temperature"
+        )
 
 
 def check_sequences(request: ScoreRequest, identity: Identity, limits: Limits) -> dict[int, SequenceError]:
@@ -118,6 +139,8 @@ def check_sequences(request: ScoreRequest, identity: Identity, limits: Limits) -
             problem = _ids_problem(f"sequences[{index}].response_ids", sequence.response_ids, 0, vocab)
         if problem is None and request.signal.candidates:
             problem = _candidates_problem(f"sequences[{index}].candidate_ids", sequence, vocab, limits)
+        if problem is None and request.signal.continuations:
+            problem = _anchors_problem(f"sequences[{index}].anchors", sequence, request.signal.chunk_tokens)
         if problem is not None:
             problems[index] = SequenceError("INVALID_ARGUMENT", problem)
     return problems
@@ -151,6 +174,8 @@ def _reply_bytes(request: ScoreRequest, limits: Limits) -> int:
             columns = sequence.candidate_ids.shape[1]
         total += _BYTES_PER_SEQUENCE + len(sequence.id.encode())
         total += len(sequence.response_ids) * (per_position + width * columns)
+        if signal.continuations and sequence.anchors is not None:
+            total += 4 * sequence.anchors.size
     return total
 
 
@@ -191,6 +216,20 @@ def _candidates_problem(name: str, sequence: Sequence, vocab: int, limits: Limit
         allowed = f"[{rows}, C] with C from 1 to {limits.max_candidates}"
         return f"{name}: got shape {list(ids.shape)}, must be {allowed}"
     return _ids_problem(name, ids, PAD_ID, vocab)
+
+
+def _anchors_problem(name: str, sequence: Sequence, chunk: int) -> str | None:
+    anchors, last = sequence.anchors, len(sequence.response_ids) - chunk
+    if anchors is None:
+        return f"{name}: got none, signal.continuations asks for an array [F]"
+    if anchors.ndim != 1:
+        return f"{name}: got shape {list(anchors.shape)}, must be [F]"
+    if len(anchors) and not 0 <= anchors.min() <= anchors.max() <= last:
+        allowed = f"0 to {last}" if last >= 0 else f"none, the response is shorter than {chunk} tokens"
+        return f"{name}: got {anchors.min()} to {anchors.max()}, allowed are {allowed}"
+    if (np.diff(anchors) < chunk).any():
+        return f"{name}: got {shown(anchors.tolist())}, must be ascending and at least {chunk} apart"
+    return None
 
 
 def _in_vocabulary(arrays: Iterable[Int32Array], vocab: int) -> bool:

@@ -21,16 +21,18 @@ def job_request(group: Group, view: ViewRequest) -> pb.ScoreRequest:
         pins=view.pins,
         contexts=view.contexts,
         sequences=[
-            _sequence(index, index if contexts > 1 else 0, rollout, view.signal.candidates)
+            _sequence(index, index if contexts > 1 else 0, rollout, view.signal)
             for index, rollout in enumerate(group.rollouts)
         ],
         signal=view.signal,
     )
 
 
-def _sequence(index: int, context: int, rollout: Rollout, candidates: bool) -> pb.Sequence:
+def _sequence(index: int, context: int, rollout: Rollout, signal: pb.Signal) -> pb.Sequence:
     sequence = pb.Sequence(id=str(index), context=context, response_ids=rollout.response_ids)
-    if candidates:
+    if signal.candidates:
         sequence.candidate_ids = rollout.candidate_ids
         sequence.num_candidates = rollout.num_candidates
+    if signal.continuations and rollout.HasField("anchors"):
+        sequence.anchors = rollout.anchors
     return sequence

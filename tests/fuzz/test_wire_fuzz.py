@@ -101,6 +101,7 @@ sequences = st.builds(
     response_ids=good_ids | id_bytes,
     candidate_ids=good_ids | id_bytes,
     num_candidates=st.just(1) | st.integers(-1, 4) | int32s,
+    anchors=st.none() | id_bytes,
 )
 signals = st.builds(
     pb.Signal,
@@ -112,6 +113,8 @@ signals = st.builds(
     encoding=st.integers(0, 2) | st.integers(0, 2) | st.integers(0, 3),
     judgement=st.sampled_from([False] * 15 + [True]),
     hidden_layers=st.sampled_from([()] * 15 + [(0,), (2, 1)]),
+    continuations=st.sampled_from([0] * 15 + [1, -1]),
+    chunk_tokens=st.sampled_from([0] * 15 + [1, -1]),
 )
 pins = st.builds(
     pb.Pins,
@@ -160,6 +163,7 @@ words = st.sampled_from(
         "response_ids",
         "candidate_ids",
         "num_candidates",
+        "anchors",
         "id",
     ]
 ) | st.text(max_size=3)
@@ -185,6 +189,7 @@ likely_documents = st.fixed_dictionaries(
                     "responseIds": id_lists,
                     "candidate_ids": st.lists(id_lists, max_size=3) | anything,
                     "num_candidates": leaves,
+                    "anchors": id_lists | leaves,
                 },
             ),
             max_size=2,

@@ -12,6 +12,7 @@ from services.api.guard import guard
 
 SEQUENCE = Sequence("a", 0, np.array([1, 2, 3], np.int32), np.array([[1], [PAD_ID], [2]], np.int32))
 SIGNAL = Signal(True, 2, True, True)
+WHOLE = np.empty(0, np.int32)  # the anchors of a response that is not audited
 
 
 def answer() -> SequenceScore:
@@ -125,6 +126,40 @@ def test_a_judgement_from_0_to_1_passes() -> None:
 def test_any_other_judgement_is_an_engine_error(signal: Signal, wrong: SequenceScore) -> None:
     with pytest.raises(TutelageError, match="INTERNAL: engine answered"):
         guard(wrong, SEQUENCE, signal)
+
+
+WRITER = Signal(sampled=False, continuations=4, chunk_tokens=1)
+AUDITED = replace(SEQUENCE, anchors=np.array([0, 2], np.int32))
+
+
+def agreeing(*values: float) -> SequenceScore:
+    return SequenceScore("a", agreement=np.array(values, np.float32))
+
+
+def test_an_agreement_from_0_to_1_for_every_anchor_passes() -> None:
+    for sequence, given in ((AUDITED, agreeing(0, 1)), (replace(AUDITED, anchors=WHOLE), agreeing())):
+        assert guard(given, sequence, WRITER) == (given, 0)
+
+
+@pytest.mark.parametrize(
+    ("signal", "wrong"),
+    [
+        (WRITER, SequenceScore("a")),
+        (WRITER, agreeing(0.5)),
+        (WRITER, agreeing(0.5, 0.5, 0.5)),
+        (WRITER, replace(agreeing(), agreement=np.full((2, 1), 0.5, np.float32))),
+        (WRITER, agreeing(0.5, float("nan"))),
+        (WRITER, agreeing(0.5, 1.001)),
+        (WRITER, agreeing(-0.001, 0.5)),
+        (WRITER, replace(agreeing(0.5, 0.5), id="b")),
+        (WRITER, replace(agreeing(0.5, 0.5), judgement=0.5)),
+        (WRITER, replace(answer(), agreement=np.full(2, 0.5, np.float32))),
+        (SIGNAL, replace(answer(), agreement=np.full(2, 0.5, np.float32))),
+    ],
+)
+def test_any_other_agreement_is_an_engine_error(signal: Signal, wrong: SequenceScore) -> None:
+    with pytest.raises(TutelageError, match="INTERNAL: engine answered"):
+        guard(wrong, AUDITED, signal)
 
 
 def test_an_answer_with_what_was_not_asked_is_an_engine_error() -> None:

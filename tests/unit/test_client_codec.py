@@ -41,7 +41,9 @@ def requests(draw: st.DrawFn) -> ScoreRequest:
         if len(response) and draw(st.booleans()):
             width = draw(st.integers(1, 4))
             candidates = ids(len(response) * width).reshape(-1, width)
-        sequences.append(Sequence(str(index), draw(st.integers(-1, 3)), response, candidates))
+        anchors = draw(st.none() | st.just(0) | st.integers(0, 3))
+        chunks = None if anchors is None else ids(anchors)
+        sequences.append(Sequence(str(index), draw(st.integers(-1, 3)), response, candidates, chunks))
     return ScoreRequest(
         contexts=tuple(ids() for _ in range(draw(st.integers(0, 3)))),
         sequences=tuple(sequences),
@@ -52,6 +54,8 @@ def requests(draw: st.DrawFn) -> ScoreRequest:
             draw(st.booleans()),
             draw(st.floats(0.01, 10)),
             draw(st.sampled_from(["float32", "float16"])),
+            continuations=draw(int32s),
+            chunk_tokens=draw(int32s),
         ),
         teacher=draw(st.text(max_size=5)),
         pins=Pins(
@@ -80,6 +84,9 @@ def test_a_request_comes_back_as_it_was_sent(request: ScoreRequest) -> None:
         assert (one.candidate_ids is None) == (other.candidate_ids is None)
         if one.candidate_ids is not None and other.candidate_ids is not None:
             np.testing.assert_array_equal(one.candidate_ids, other.candidate_ids)
+        assert (one.anchors is None) == (other.anchors is None)
+        if one.anchors is not None and other.anchors is not None:
+            np.testing.assert_array_equal(one.anchors, other.anchors)
 
 
 @pytest.mark.parametrize("encoding", ["float32", "float16"])
@@ -98,12 +105,17 @@ def test_a_score_comes_back_as_it_was_made(encoding: str) -> None:
     )
     failed = SequenceScore("b", SequenceError("INVALID_ARGUMENT", "why"))
     judged = SequenceScore("c", judgement=0.0, verdict="Nothing is right.\nScore: 0")
-    score = Score((full, failed, judged), IDENTITY, Usage(7, 9, 1, 0.5, 0.25), "r")
+    audited = [SequenceScore(i, agreement=rng.random(n, dtype=np.float32)) for i, n in (("d", 3), ("e", 0))]
+    score = Score((full, failed, judged, *audited), IDENTITY, Usage(7, 9, 1, 0.5, 0.25), "r")
     data = codec.score_to_bytes(score, encoding)  # type: ignore[arg-type]
     assert pb.ScoreResponse.FromString(data) == codec.score_to_proto(score, encoding)  # type: ignore[arg-type]
     back = codec.score_from_proto(pb.ScoreResponse.FromString(data))
     assert (back.identity, back.usage, back.request_id) == (score.identity, score.usage, "r")
-    assert back.sequences[1:] == (failed, judged)
+    assert back.sequences[1:3] == (failed, judged)
+    for sent, came in zip(audited, back.sequences[3:], strict=True):
+        assert came.agreement is not None, "no chunk is an empty array, and not no answer"
+        assert (came.num_positions, came.agreement.dtype) == (0, np.float32)
+        np.testing.assert_array_equal(came.agreement, sent.agreement)
     got = back.sequences[0]
     for field in ("sampled", "top_logprobs", "candidate_logprobs", "entropy"):
         expected = getattr(full, field).astype(encoding)
@@ -124,6 +136,9 @@ def test_hand_written_lengths_agree_with_protobuf_at_every_size(rows: int) -> No
 def test_an_answer_whose_array_lacks_a_row_is_refused() -> None:
     message = pb.SequenceScore(id="a", num_positions=2, sampled=b"\0" * 4, valid=b"\1\1")
     with pytest.raises(TutelageError, match=r"sampled: got 1 values for shape \[2\]"):
+        codec.score_from_proto(pb.ScoreResponse(sequences=[message]))
+    message = pb.SequenceScore(id="a", num_chunks=2, agreement=b"\0" * 4)
+    with pytest.raises(TutelageError, match="agreement: got 4 bytes for 2 chunks"):
         codec.score_from_proto(pb.ScoreResponse(sequences=[message]))
 
 
@@ -167,6 +182,8 @@ UNSAYABLE: dict[str, dict[str, object]] = {
     "sequences[0].context": {"sequences": (Sequence("a", 2**31, ONES),)},
     "sequences[0].response_ids": {"sequences": (Sequence("a", 0, ONES.reshape(1, 1)),)},
     "sequences[0].candidate_ids": {"sequences": (Sequence("a", 0, ONES, [[1]]),)},  # type: ignore[arg-type]
+    "sequences[0].anchors": {"sequences": (Sequence("a", 0, ONES, anchors=ONES.reshape(1, 1)),)},
+    "signal.continuations": {"signal": Signal(continuations=2**31)},
     "contexts[0]": {"contexts": (np.ones((2, 2), np.int32),)},
 }
 
@@ -194,6 +211,14 @@ def test_contexts_are_shared_paired_or_indexed() -> None:
     assert index(contexts=[[5]]) == [0, 0]
     assert index(contexts=[[5], [6]]) == [0, 1]
     assert index(contexts=[[5], [6], [7]], context_index=[2, 2]) == [2, 2]
+
+
+def test_anchors_are_given_for_every_response_or_for_none() -> None:
+    request = codec.build_request([[5]], [[1], [2]], anchors=[[0], []])
+    assert [np.asarray(sequence.anchors).tolist() for sequence in request.sequences] == [[0], []]
+    assert [sequence.anchors for sequence in codec.build_request([[5]], [[1]]).sequences] == [None]
+    with pytest.raises(TutelageError, match="anchors: got 1 arrays for 2 responses"):
+        codec.build_request([[5]], [[1], [2]], anchors=[[0]])
 
 
 def test_raise_for_errors_names_the_first_failed_sequence() -> None:

@@ -96,6 +96,9 @@ class TeacherClient:
         sampled: bool = True,
         top_k: int = 0,
         candidate_ids: Iterable[t.Int32Array] | None = None,
+        anchors: Iterable[t.TokenIds] | None = None,
+        continuations: int = 0,
+        chunk_tokens: int = 0,
         entropy: bool = False,
         temperature: float = 1.0,
         encoding: t.EncodingName = "float32",
@@ -113,6 +116,9 @@ class TeacherClient:
             sampled: log-probability of each response token.
             top_k: the K most probable tokens at each position and their log-probabilities.
             candidate_ids: for each response an array [R, C] of ids to score, PAD_ID for none.
+            anchors: for each response [F] where its audited chunks begin; with `continuations`.
+            continuations: of a writer, sampled at every anchor; with sampled=False, as it answers no more.
+            chunk_tokens: of the response, in an audited chunk; with `continuations`.
             entropy: of the teacher's distribution at each position, in nats.
             temperature: of the teacher's distribution, for everything above.
             encoding: "float16" halves the log-probabilities on the wire.
@@ -128,7 +134,17 @@ class TeacherClient:
             responses,
             context_index=context_index,
             candidate_ids=candidate_ids,
-            signal=t.Signal(sampled, top_k, candidate_ids is not None, entropy, temperature, encoding),
+            anchors=anchors,
+            signal=t.Signal(
+                sampled,
+                top_k,
+                candidate_ids is not None,
+                entropy,
+                temperature,
+                encoding,
+                continuations=continuations,
+                chunk_tokens=chunk_tokens,
+            ),
             teacher=teacher,
             pins=pins,
         )

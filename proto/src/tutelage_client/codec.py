@@ -22,6 +22,16 @@ _ENCODING: dict[t.EncodingName, pb.Encoding] = {
     "float32": pb.ENCODING_FLOAT32,
     "float16": pb.ENCODING_FLOAT16,
 }
+_SIGNAL_FIELDS = (
+    "sampled",
+    "top_k",
+    "candidates",
+    "entropy",
+    "temperature",
+    "judgement",
+    "continuations",
+    "chunk_tokens",
+)
 
 
 def pack_ids(ids: t.TokenIds, name: str = "ids") -> bytes:
@@ -67,7 +77,7 @@ def signal_to_proto(signal: t.Signal) -> pb.Signal:
     if signal.encoding not in _ENCODING:
         raise invalid(f"signal.encoding: got {shown(signal.encoding)}, allowed are {', '.join(_ENCODING)}")
     message = pb.Signal(encoding=_ENCODING[signal.encoding])
-    for field in ("sampled", "top_k", "candidates", "entropy", "temperature", "judgement"):
+    for field in _SIGNAL_FIELDS:
         _set(message, field, getattr(signal, field), "signal.")
     try:
         message.hidden_layers.extend(signal.hidden_layers)
@@ -98,6 +108,8 @@ def signal_from_proto(message: pb.Signal) -> t.Signal:
         encoding="float16" if message.encoding == pb.ENCODING_FLOAT16 else "float32",
         judgement=message.judgement,
         hidden_layers=tuple(message.hidden_layers),
+        continuations=message.continuations,
+        chunk_tokens=message.chunk_tokens,
     )
 
 
@@ -152,6 +164,8 @@ def _sequence_to_proto(index: int, sequence: t.Sequence) -> pb.Sequence:
         _check_candidates(candidates, f"{prefix}candidate_ids")
         message.candidate_ids = pack_ids(candidates, f"{prefix}candidate_ids")
         message.num_candidates = candidates.shape[1]
+    if sequence.anchors is not None:
+        message.anchors = pack_ids(as_ids(sequence.anchors, f"{prefix}anchors"))
     return message
 
 
@@ -209,6 +223,7 @@ def _sequence_from_proto(index: int, message: pb.Sequence) -> t.Sequence:
         context=message.context,
         response_ids=unpack_ids(message.response_ids, f"{name}.response_ids"),
         candidate_ids=candidates,
+        anchors=unpack_ids(message.anchors, f"{name}.anchors") if message.HasField("anchors") else None,
     )
 
 
@@ -262,7 +277,7 @@ def _sequence_score_to_proto(score: t.SequenceScore, encoding: t.EncodingName) -
 
 
 def _sequence_score_head(score: t.SequenceScore, encoding: t.EncodingName) -> pb.SequenceScore:
-    """Everything of a sequence's answer but its arrays."""
+    """Everything of a sequence's answer but its arrays over positions."""
     return pb.SequenceScore(
         id=score.id,
         num_positions=score.num_positions,
@@ -273,6 +288,8 @@ def _sequence_score_head(score: t.SequenceScore, encoding: t.EncodingName) -> pb
         verdict=score.verdict,
         num_layers=0 if score.hidden is None else score.hidden.shape[1],
         hidden_size=0 if score.hidden is None else score.hidden.shape[2],
+        agreement=None if score.agreement is None else _packed(score.agreement, "<f4"),
+        num_chunks=0 if score.agreement is None else len(score.agreement),
     )
 
 
@@ -371,7 +388,19 @@ def _sequence_score_from_proto(message: pb.SequenceScore) -> t.SequenceScore:
         judgement=message.judgement if message.HasField("judgement") else None,
         verdict=message.verdict,
         hidden=array("hidden", message.hidden, "<f2", message.num_layers, message.hidden_size),
+        agreement=_agreement(message),
     )
+
+
+def _agreement(message: pb.SequenceScore) -> t.Float32Array | None:
+    if not message.HasField("agreement"):
+        return None
+    if len(message.agreement) != 4 * message.num_chunks:
+        raise invalid(
+            f"sequence {message.id!r} agreement: got {len(message.agreement)} bytes for "
+            f"{message.num_chunks} chunks"
+        )
+    return np.frombuffer(message.agreement, dtype="<f4")
 
 
 def build_request(
@@ -380,6 +409,7 @@ def build_request(
     *,
     context_index: Iterable[int] | None = None,
     candidate_ids: Iterable[t.Int32Array] | None = None,
+    anchors: Iterable[t.TokenIds] | None = None,
     signal: t.Signal | None = None,
     teacher: str = "",
     pins: t.Pins | None = None,
@@ -407,10 +437,16 @@ def build_request(
     candidates = list(candidate_ids) if candidate_ids is not None else [None] * count
     if len(candidates) != count:
         raise invalid(f"candidate_ids: got {len(candidates)} arrays for {count} responses")
+    chunks: list[t.Int32Array | None] = [None] * count
+    if anchors is not None:
+        chunks = [as_ids(ids, f"anchors[{i}]") for i, ids in enumerate(anchors)]
+    if len(chunks) != count:
+        raise invalid(f"anchors: got {len(chunks)} arrays for {count} responses")
     return t.ScoreRequest(
         contexts=context_arrays,
         sequences=tuple(
-            t.Sequence(str(i), index[i], ids, candidates[i]) for i, ids in enumerate(response_arrays)
+            t.Sequence(str(i), index[i], ids, candidates[i], chunks[i])
+            for i, ids in enumerate(response_arrays)
         ),
         signal=signal or t.Signal(),
         teacher=teacher,

@@ -1,6 +1,6 @@
 """The words of the contract as numpy types.
 
-Shapes: B sequences, R response positions of one sequence, K top ids, C candidate ids.
+Shapes: B sequences, R response positions of one sequence, K top ids, C candidate ids, F audited chunks.
 Position t predicts response token t from context + response[:t]. Log-probabilities are
 natural logarithms in nats; float32 arrays unless the encoding says float16.
 """
@@ -17,7 +17,8 @@ import numpy.typing as npt
 from tutelage_client.errors import TutelageError
 
 Int32Array: TypeAlias = npt.NDArray[np.int32]
-FloatArray: TypeAlias = npt.NDArray[np.float32] | npt.NDArray[np.float16]
+Float32Array: TypeAlias = npt.NDArray[np.float32]
+FloatArray: TypeAlias = Float32Array | npt.NDArray[np.float16]
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
 TokenIds: TypeAlias = "Int32Array | Iterable[int]"
 EncodingName: TypeAlias = Literal["float32", "float16"]
@@ -37,6 +38,8 @@ class Signal:
     encoding: EncodingName = "float32"
     judgement: bool = False  # what a judge says of the response as a whole; asked alone
     hidden_layers: tuple[int, ...] = ()  # ascending; layer l is the output of the l-th decoder layer
+    continuations: int = 0  # texts that a writer samples at every audited chunk; asked alone
+    chunk_tokens: int = 0  # of the response, in an audited chunk; at least 1 with continuations, 0 without
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hidden_layers", tuple(self.hidden_layers))
@@ -60,6 +63,7 @@ class Sequence:
     context: int
     response_ids: Int32Array  # [R]
     candidate_ids: Int32Array | None = None  # [R, C], PAD_ID where there is none
+    anchors: Int32Array | None = None  # [F], where each audited chunk begins, ascending
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +88,7 @@ class SequenceError:
 
 @dataclass(frozen=True, slots=True)
 class SequenceScore:
-    """The answer for one sequence: either `error`, or arrays over its R positions, or a `judgement`.
+    """The answer for one sequence: `error`, arrays over its R positions, a `judgement` or an `agreement`.
 
     Where `valid` is False the engine had no finite score, every float there is NaN and the
     position must be masked.
@@ -101,6 +105,7 @@ class SequenceScore:
     judgement: float | None = None  # 0 (worst) to 1 (best), of the whole response: a reward
     verdict: str = ""  # the judge's words, which the judgement was read from
     hidden: npt.NDArray[np.float16] | None = None  # [R, L, H], unit vectors, of the asked layers
+    agreement: Float32Array | None = None  # [F], 0 to 1, mean similarity of a writer's continuations
 
     @property
     def num_positions(self) -> int:
@@ -139,6 +144,7 @@ class Limits:
     judge: bool = False  # answers Signal.judgement, and no log-probability of anything
     hidden_layers: int = 0  # layers whose hidden states are answered, from 1 on
     hidden_size: int = 0  # numbers of one hidden state
+    max_continuations: int = 0  # of a writer, which answers no log-probability; 0: it writes nothing
 
 
 @dataclass(frozen=True, slots=True)

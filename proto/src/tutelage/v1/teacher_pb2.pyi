@@ -59,7 +59,7 @@ class Identity(_message.Message):
     def __init__(self, name: _Optional[str] = ..., model: _Optional[str] = ..., revision: _Optional[str] = ..., weights_version: _Optional[int] = ..., tokenizer_fingerprint: _Optional[str] = ..., vocab_size: _Optional[int] = ..., engine: _Optional[str] = ..., engine_version: _Optional[str] = ..., dtype: _Optional[str] = ..., head_dtype: _Optional[str] = ..., weights_id: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_sequences", "max_sequence_tokens", "max_request_tokens", "max_top_k", "max_candidates", "max_message_bytes", "entropy", "temperature", "judge", "hidden_layers", "hidden_size")
+    __slots__ = ("max_sequences", "max_sequence_tokens", "max_request_tokens", "max_top_k", "max_candidates", "max_message_bytes", "entropy", "temperature", "judge", "hidden_layers", "hidden_size", "max_continuations")
     MAX_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     MAX_SEQUENCE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_REQUEST_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -71,6 +71,7 @@ class Limits(_message.Message):
     JUDGE_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_LAYERS_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
+    MAX_CONTINUATIONS_FIELD_NUMBER: _ClassVar[int]
     max_sequences: int
     max_sequence_tokens: int
     max_request_tokens: int
@@ -82,10 +83,11 @@ class Limits(_message.Message):
     judge: bool
     hidden_layers: int
     hidden_size: int
-    def __init__(self, max_sequences: _Optional[int] = ..., max_sequence_tokens: _Optional[int] = ..., max_request_tokens: _Optional[int] = ..., max_top_k: _Optional[int] = ..., max_candidates: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., entropy: bool = ..., temperature: bool = ..., judge: bool = ..., hidden_layers: _Optional[int] = ..., hidden_size: _Optional[int] = ...) -> None: ...
+    max_continuations: int
+    def __init__(self, max_sequences: _Optional[int] = ..., max_sequence_tokens: _Optional[int] = ..., max_request_tokens: _Optional[int] = ..., max_top_k: _Optional[int] = ..., max_candidates: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., entropy: bool = ..., temperature: bool = ..., judge: bool = ..., hidden_layers: _Optional[int] = ..., hidden_size: _Optional[int] = ..., max_continuations: _Optional[int] = ...) -> None: ...
 
 class Signal(_message.Message):
-    __slots__ = ("sampled", "top_k", "candidates", "entropy", "temperature", "encoding", "judgement", "hidden_layers")
+    __slots__ = ("sampled", "top_k", "candidates", "entropy", "temperature", "encoding", "judgement", "hidden_layers", "continuations", "chunk_tokens")
     SAMPLED_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     CANDIDATES_FIELD_NUMBER: _ClassVar[int]
@@ -94,6 +96,8 @@ class Signal(_message.Message):
     ENCODING_FIELD_NUMBER: _ClassVar[int]
     JUDGEMENT_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    CONTINUATIONS_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     sampled: bool
     top_k: int
     candidates: bool
@@ -102,7 +106,9 @@ class Signal(_message.Message):
     encoding: Encoding
     judgement: bool
     hidden_layers: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, sampled: bool = ..., top_k: _Optional[int] = ..., candidates: bool = ..., entropy: bool = ..., temperature: _Optional[float] = ..., encoding: _Optional[_Union[Encoding, str]] = ..., judgement: bool = ..., hidden_layers: _Optional[_Iterable[int]] = ...) -> None: ...
+    continuations: int
+    chunk_tokens: int
+    def __init__(self, sampled: bool = ..., top_k: _Optional[int] = ..., candidates: bool = ..., entropy: bool = ..., temperature: _Optional[float] = ..., encoding: _Optional[_Union[Encoding, str]] = ..., judgement: bool = ..., hidden_layers: _Optional[_Iterable[int]] = ..., continuations: _Optional[int] = ..., chunk_tokens: _Optional[int] = ...) -> None: ...
 
 class Pins(_message.Message):
     __slots__ = ("tokenizer_fingerprint", "revision", "weights_version", "min_weights_version")
@@ -123,18 +129,20 @@ class Context(_message.Message):
     def __init__(self, ids: _Optional[bytes] = ...) -> None: ...
 
 class Sequence(_message.Message):
-    __slots__ = ("id", "context", "response_ids", "candidate_ids", "num_candidates")
+    __slots__ = ("id", "context", "response_ids", "candidate_ids", "num_candidates", "anchors")
     ID_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_FIELD_NUMBER: _ClassVar[int]
     RESPONSE_IDS_FIELD_NUMBER: _ClassVar[int]
     CANDIDATE_IDS_FIELD_NUMBER: _ClassVar[int]
     NUM_CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    ANCHORS_FIELD_NUMBER: _ClassVar[int]
     id: str
     context: int
     response_ids: bytes
     candidate_ids: bytes
     num_candidates: int
-    def __init__(self, id: _Optional[str] = ..., context: _Optional[int] = ..., response_ids: _Optional[bytes] = ..., candidate_ids: _Optional[bytes] = ..., num_candidates: _Optional[int] = ...) -> None: ...
+    anchors: bytes
+    def __init__(self, id: _Optional[str] = ..., context: _Optional[int] = ..., response_ids: _Optional[bytes] = ..., candidate_ids: _Optional[bytes] = ..., num_candidates: _Optional[int] = ..., anchors: _Optional[bytes] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
     __slots__ = ("request_id", "teacher", "pins", "contexts", "sequences", "signal")
@@ -161,7 +169,7 @@ class SequenceError(_message.Message):
     def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
 class SequenceScore(_message.Message):
-    __slots__ = ("id", "error", "num_positions", "top_k", "num_candidates", "encoding", "sampled", "top_ids", "top_logprobs", "candidate_logprobs", "entropy", "valid", "judgement", "verdict", "hidden", "num_layers", "hidden_size")
+    __slots__ = ("id", "error", "num_positions", "top_k", "num_candidates", "encoding", "sampled", "top_ids", "top_logprobs", "candidate_logprobs", "entropy", "valid", "judgement", "verdict", "hidden", "num_layers", "hidden_size", "agreement", "num_chunks")
     ID_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     NUM_POSITIONS_FIELD_NUMBER: _ClassVar[int]
@@ -179,6 +187,8 @@ class SequenceScore(_message.Message):
     HIDDEN_FIELD_NUMBER: _ClassVar[int]
     NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
+    AGREEMENT_FIELD_NUMBER: _ClassVar[int]
+    NUM_CHUNKS_FIELD_NUMBER: _ClassVar[int]
     id: str
     error: SequenceError
     num_positions: int
@@ -196,7 +206,9 @@ class SequenceScore(_message.Message):
     hidden: bytes
     num_layers: int
     hidden_size: int
-    def __init__(self, id: _Optional[str] = ..., error: _Optional[_Union[SequenceError, _Mapping]] = ..., num_positions: _Optional[int] = ..., top_k: _Optional[int] = ..., num_candidates: _Optional[int] = ..., encoding: _Optional[_Union[Encoding, str]] = ..., sampled: _Optional[bytes] = ..., top_ids: _Optional[bytes] = ..., top_logprobs: _Optional[bytes] = ..., candidate_logprobs: _Optional[bytes] = ..., entropy: _Optional[bytes] = ..., valid: _Optional[bytes] = ..., judgement: _Optional[float] = ..., verdict: _Optional[str] = ..., hidden: _Optional[bytes] = ..., num_layers: _Optional[int] = ..., hidden_size: _Optional[int] = ...) -> None: ...
+    agreement: bytes
+    num_chunks: int
+    def __init__(self, id: _Optional[str] = ..., error: _Optional[_Union[SequenceError, _Mapping]] = ..., num_positions: _Optional[int] = ..., top_k: _Optional[int] = ..., num_candidates: _Optional[int] = ..., encoding: _Optional[_Union[Encoding, str]] = ..., sampled: _Optional[bytes] = ..., top_ids: _Optional[bytes] = ..., top_logprobs: _Optional[bytes] = ..., candidate_logprobs: _Optional[bytes] = ..., entropy: _Optional[bytes] = ..., valid: _Optional[bytes] = ..., judgement: _Optional[float] = ..., verdict: _Optional[str] = ..., hidden: _Optional[bytes] = ..., num_layers: _Optional[int] = ..., hidden_size: _Optional[int] = ..., agreement: _Optional[bytes] = ..., num_chunks: _Optional[int] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("positions", "tokens_computed", "tokens_reused", "queue_ms", "compute_ms")
