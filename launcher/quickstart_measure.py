@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from services.models.generate import Row
 from services.models.layout import build_layout
 from services.models.load import LoadedModel, load_causal_lm
 from services.models.packed import hidden_states
@@ -14,7 +15,6 @@ from student_trainer.config import RunConfig
 from student_trainer.policy_store import PolicyVersion
 from student_trainer.sampler.build import build_sampler
 from student_trainer.sampler.evaluation import evaluate
-from student_trainer.sampler.generate import Row
 from student_trainer.sampler.groups import GroupSampler
 
 

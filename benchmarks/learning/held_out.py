@@ -12,11 +12,12 @@ from tutelage_client.types import Int32Array
 
 from benchmarks.learning.arms import Answered
 from benchmarks.learning.skills import MAX_NEW_TOKENS, held_out, known
+from services.models.generate import Response, Row
 from services.models.layout import build_layout
 from services.models.load import LoadedModel
 from services.models.packed import hidden_states
 from student_trainer.sampler.checkers import numeric
-from student_trainer.sampler.generate import Generator, Response, Row
+from student_trainer.sampler.generate import Generator
 
 
 @dataclass(frozen=True, slots=True)

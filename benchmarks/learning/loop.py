@@ -22,6 +22,7 @@ from benchmarks.learning.arms import Arm, Experiment, Sizes
 from benchmarks.learning.held_out import HeldOut, divergence
 from benchmarks.learning.models import MODELS, ModelSpec, model_path
 from benchmarks.learning.writers import AnswerWriter
+from services.models.generate import TransformersGenerator
 from services.models.load import LoadedModel, load_causal_lm
 from services.queue import ScoredGroup
 from services.teacher.jobs import job_request
@@ -29,7 +30,6 @@ from student_trainer.config import RunConfig, parse_run_config
 from student_trainer.learner import Learner
 from student_trainer.policy_store import PolicyVersion
 from student_trainer.sampler.build import build_sampler
-from student_trainer.sampler.generate import TransformersGenerator
 from student_trainer.sampler.groups import SampledGroup
 from student_trainer.student import load_student
 from student_trainer.verify import Expectations, TrainingGroup, verify_group

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.learning.skills import ADDITION, SUBTRACTION, Problem
-from student_trainer.sampler.generate import Response, Row
+from services.models.generate import Response, Row
 
 _PROMPT = re.compile(r"(\d+)([+-])(\d+)=$")
 

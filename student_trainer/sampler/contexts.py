@@ -17,11 +17,11 @@ import numpy as np
 from tutelage_client.errors import TutelageError, invalid
 from tutelage_client.types import PAD_ID, Int32Array
 
+from services.models.uniforms import uniforms
 from student_trainer.objective.plan import Plan
 from student_trainer.objective.view_settings import GROUP_FIELDS, ROLLOUT_FIELDS, SIBLINGS, ContextTemplate
 from student_trainer.sampler.data import PromptSource
 from student_trainer.sampler.prompts import EncodedPrompt, PromptEncoder, question
-from student_trainer.sampler.uniforms import uniforms
 from student_trainer.tasks import Example
 
 THINKING, THINKING_ENDS = "<think>", "</think>"

@@ -11,8 +11,9 @@ import structlog
 import torch
 from tutelage_client.types import Int32Array
 
+from services.models.generate import TransformersGenerator
 from services.models.load import LoadedModel, load_causal_lm, resolve_device
-from student_trainer.sampler.generate import Generator, TransformersGenerator
+from student_trainer.sampler.generate import Generator
 from student_trainer.sampler.policy import end_ids
 from student_trainer.sampler.settings import SamplingSettings
 from student_trainer.sampler.verify import check_generator

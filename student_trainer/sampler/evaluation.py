@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from tutelage_client.errors import invalid
 
-from student_trainer.sampler.generate import Response, Row
+from services.models.generate import Response, Row
 from student_trainer.sampler.groups import GroupSampler
 from student_trainer.tasks import Example
 

@@ -13,16 +13,17 @@ from tutelage_client.codec import signal_to_proto
 from tutelage_client.types import Int32Array
 
 from services import tracing
+from services.models.generate import Response, Row
+from services.models.uniforms import uniforms
 from student_trainer.lineage import Lineage, to_proto
 from student_trainer.objective.compile import Plan
 from student_trainer.sampler.candidates import student_candidates
 from student_trainer.sampler.contexts import AUXILIARY, Context, Sampled, without_thinking
 from student_trainer.sampler.examples import Examples
-from student_trainer.sampler.generate import Generator, Response, Row
+from student_trainer.sampler.generate import Generator
 from student_trainer.sampler.pins import TeacherPins
 from student_trainer.sampler.prompts import EncodedPrompt
 from student_trainer.sampler.settings import GUIDED, STUDENT, SamplingSettings
-from student_trainer.sampler.uniforms import uniforms
 from student_trainer.tasks import Example
 
 _COIN = -1  # sample index of the number that decides who samples a group

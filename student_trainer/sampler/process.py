@@ -14,13 +14,13 @@ from tutelage_client.errors import TutelageError
 
 from services import tracing
 from services.logs import about, log_to_stderr
+from services.models.generate import GenerationInterruptedError
 from services.queue import OrderClaim, OrderWorker, Queue, Submitted, sampler_role
 from student_trainer.config import RunConfig
 from student_trainer.policy_store import PolicyStore, PolicyVersion
 from student_trainer.run_queue import run_queue
 from student_trainer.sampler.build import build_sampler
 from student_trainer.sampler.evaluation import evaluate
-from student_trainer.sampler.generate import GenerationInterruptedError
 from student_trainer.sampler.groups import GroupSampler, SampledGroup
 from student_trainer.sampler.metrics import Counters, FullQueue, metrics_port
 from student_trainer.sampler.policy import StudentPolicy

@@ -17,9 +17,9 @@ import numpy.typing as npt
 from tutelage_client.errors import TutelageError, invalid
 from tutelage_client.types import Int32Array
 
+from services.models.generate import GenerationInterruptedError, Response, Row
 from services.score_file import ScoredResponse, ScoreFile
 from student_trainer.sampler.data import PromptSource
-from student_trainer.sampler.generate import GenerationInterruptedError, Response, Row
 from student_trainer.sampler.prompts import PromptEncoder
 from student_trainer.sampler.settings import SamplingSettings
 from student_trainer.tasks import Task

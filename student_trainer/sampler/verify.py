@@ -15,7 +15,8 @@ import torch
 from tutelage_client.errors import TutelageError
 from tutelage_client.types import Int32Array
 
-from student_trainer.sampler.generate import Generator, Row
+from services.models.generate import Row
+from student_trainer.sampler.generate import Generator
 
 # Largest accepted difference in nats. Below float32 the cached and the plain pass round differently.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.5}

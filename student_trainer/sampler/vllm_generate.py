@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from tutelage_client.errors import TutelageError, invalid
 
+from services.models.generate import GenerationInterruptedError, Response, Row
+from services.models.uniforms import stream_seed
 from services.models.vllm_adapter import StepEngine
 from services.models.vllm_settings import VllmSettings
 from services.models.weights import check_same_model, describe
-from student_trainer.sampler.generate import GenerationInterruptedError, Response, Row
-from student_trainer.sampler.uniforms import stream_seed
 
 
 class VllmGenerator:

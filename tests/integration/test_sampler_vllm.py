@@ -22,6 +22,7 @@ from tutelage.v1.rollout_pb2 import Group, SampleOrder
 from tutelage_client.codec import unpack_ids
 from tutelage_client.errors import TutelageError
 
+from services.models.generate import GenerationInterruptedError, Response, Row
 from services.queue import LeaseSettings, Queue
 from services.queue.embedded import EmbeddedServer
 from student_trainer.config import RunConfig, load_run_config
@@ -29,7 +30,6 @@ from student_trainer.lineage import Stretch
 from student_trainer.policy_store import PolicyStore, PolicyVersion
 from student_trainer.sampler.build import build_sampler
 from student_trainer.sampler.evaluation import evaluate
-from student_trainer.sampler.generate import GenerationInterruptedError, Response, Row
 from student_trainer.sampler.groups import GroupSampler
 from student_trainer.sampler.policy import StudentPolicy
 from student_trainer.sampler.verify import plain_logprobs

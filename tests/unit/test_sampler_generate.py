@@ -21,9 +21,9 @@ from transformers import (
 )
 from tutelage_client.errors import TutelageError
 
-from student_trainer.sampler.choose import choose
-from student_trainer.sampler.generate import GenerationInterruptedError, Response, Row, TransformersGenerator
-from student_trainer.sampler.uniforms import stream_seed, uniforms
+from services.models.choose import choose
+from services.models.generate import GenerationInterruptedError, Response, Row, TransformersGenerator
+from services.models.uniforms import stream_seed, uniforms
 from student_trainer.sampler.verify import check_generator, plain_logprobs
 
 VOCABULARY = 37

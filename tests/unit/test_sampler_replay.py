@@ -15,11 +15,11 @@ from tutelage_client.errors import TutelageError
 from tutelage_client.types import Identity, SequenceScore, Signal
 
 from services.models.fingerprint import tokenizer_fingerprint
+from services.models.generate import GenerationInterruptedError, Response, Row
 from services.score_file import ScoredResponse, ScoreFileWriter, ScoreHeader
 from student_trainer.cached_scores import check_cached_scores
 from student_trainer.config import parse_run_config
 from student_trainer.sampler.data import PromptSource
-from student_trainer.sampler.generate import GenerationInterruptedError, Response, Row
 from student_trainer.sampler.prompts import PromptEncoder
 from student_trainer.sampler.replay import Replay
 from student_trainer.sampler.settings import DataSettings, SamplingSettings
