@@ -25,8 +25,10 @@ def one_line_errors() -> Iterator[None]:
 
     try:
         yield
-    except (RunFileError, FileNotFoundError, NotADirectoryError) as error:
+    except RunFileError as error:
         _refuse(str(error))
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        _refuse(str(error) if error.filename is None else f"{error.filename}: {error.strerror}")
     except TutelageError as error:
         _refuse(error.message, exit_status(error))
     except ValidationError as error:

@@ -10,6 +10,9 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+# What pydantic calls a value that is no table where one belongs.
+_NO_TABLE = ("model_type", "model_attributes_type", "dict_type")
+
 
 class RunFileError(ValueError):
     """A run file that cannot be used; `problems` has one sentence for each reason."""
@@ -35,8 +38,43 @@ def _describe(root: type[BaseModel], problem: Any) -> str:
         return f"{place}: missing; it has no default"
     message = problem["msg"].removeprefix("Value error, ")
     if kind == "value_error":
-        return f"{place}: {message}" if location else message
+        return _said_by_a_check(root, location, message)
+    if kind in _NO_TABLE:
+        return _no_table(root, location, problem["input"])
+    if kind.startswith("union_tag"):
+        return _unknown_kind(place, problem["ctx"], _models_at(root, location))
     return f"{place}: got {problem['input']!r}; {message[:1].lower()}{message[1:]}"
+
+
+def _said_by_a_check(root: type[BaseModel], location: tuple[int | str, ...], message: str) -> str:
+    """The message of a validator; one of a section begins with the section or with a key of it."""
+    place = _place(root, location)
+    if not location:
+        return message
+    said, colon, rest = message.partition(":")
+    section = place.strip("[]")
+    key = said.removeprefix(f"{section}.")
+    if said == section:
+        return f"{place}{colon}{rest}"
+    if any(key in model.model_fields for model in _models_at(root, location)):
+        return f"{place} {key}{colon}{rest}"
+    return f"{place}: {message}"
+
+
+def _no_table(root: type[BaseModel], location: tuple[int | str, ...], value: object) -> str:
+    """A value where a section belongs; that of [queue] may be an address with a password."""
+    keys = sorted({name for model in _models_at(root, location) for name in model.model_fields})
+    secret = location[:1] == ("queue",)
+    got = "got what is not shown, it may hold a password" if secret else f"got {value!r}"
+    return f"{_place(root, location)}: {got}; allowed: a table" + (f" of {', '.join(keys)}" if keys else "")
+
+
+def _unknown_kind(place: str, context: dict[str, Any], models: list[type[BaseModel]]) -> str:
+    """A table of several kinds that names none of them, or another one."""
+    key = context["discriminator"].strip("'")
+    kinds = [kind for model in models for kind in typing.get_args(model.model_fields[key].annotation)]
+    got = f"got {context['tag']!r}" if "tag" in context else "missing"
+    return f"{place} {key}: {got}; allowed: {', '.join(map(repr, kinds))}"
 
 
 def _unknown_key(root: type[BaseModel], location: tuple[int | str, ...]) -> str:

@@ -261,6 +261,7 @@ BAD_INPUT = {
     "unknown command": (["uo"], "uo"),
     "missing argument": (["up"], "RUN.toml"),
     "no such run file": (["up", "nowhere.toml"], "nowhere.toml: there is no such file"),
+    "directory in place of a run file": (["doctor", "empty"], "tutelage: empty: Is a directory"),
     "unknown key in a run file": (["train", "typo.toml"], "unknown key 'stepps'; the nearest key is 'steps'"),
     "not TOML": (["doctor", "garbage.toml"], "not a TOML document"),
     "no run directory": (["report", "empty"], "is not a run directory"),

@@ -85,6 +85,62 @@ def test_unknown_key_names_section_key_and_nearest(
     assert f"is {nearest} (" in problem
 
 
+@pytest.mark.parametrize(
+    ("section", "line", "expected"),
+    [
+        ("student", "lora = 16", "[student.lora]: got 16; allowed: a table of alpha, dropout, rank, "),
+        ("objective", "views = 'large'", "[objective] views: got 'large'; allowed: a table"),
+        (
+            "objective",
+            "correction = 'importance'",
+            "[objective.correction]: got 'importance'; allowed: a table of cap, clip, clip_high, dual_clip, ",
+        ),
+        (
+            "objective",
+            "correction = {kind = 'is'}",
+            "[objective.correction] kind: got 'is'; allowed: 'none', 'importance', 'ppo'",
+        ),
+        (
+            "objective",
+            "correction = {cap = 2.0}",
+            "[objective.correction] kind: missing; allowed: 'none', 'importance', 'ppo'",
+        ),
+    ],
+)
+def test_a_value_in_place_of_a_section_is_answered_with_what_belongs_there(
+    tmp_path: Path, section: str, line: str, expected: str
+) -> None:
+    found = problems(tmp_path, MINIMAL.replace(f"[{section}]", f"[{section}]\n{line}"))
+    assert any(problem.startswith(expected) for problem in found), found
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        (
+            'task = "addition"',
+            "task = 'addition'\npath = 'x'",
+            "[data]: got ['task', 'path']; give exactly one",
+        ),
+        (
+            "steps = 10",
+            "steps = 10\n[sampling]\nstudent_fraction = 0.5",
+            "[sampling] student_fraction: got 0.5 with sampler",
+        ),
+        ('model = "models/teacher"', "dtype = 'float32'", "[teachers.large] model: missing; give a local"),
+    ],
+)
+def test_a_check_of_a_section_names_it_once(tmp_path: Path, old: str, new: str, expected: str) -> None:
+    (problem,) = problems(tmp_path, MINIMAL.replace(old, new))
+    assert problem.startswith(expected)
+
+
+def test_an_address_in_place_of_the_queues_section_is_not_shown(tmp_path: Path) -> None:
+    (problem,) = problems(tmp_path, 'queue = "redis://:hunter2@host:6379"\n' + MINIMAL)
+    assert problem.startswith("[queue]: got what is not shown")
+    assert "hunter2" not in problem
+
+
 def test_every_problem_is_listed(tmp_path: Path) -> None:
     text = MINIMAL.replace("steps = 10", "step = 10\nlearning_rate = 'fast'\nmax_staleness = -1")
     found = problems(tmp_path, text)
@@ -147,7 +203,7 @@ def test_sections_that_disagree_are_refused(tmp_path: Path, old: str, new: str, 
             "[run] deterministic: got true with [sampling]",
         ),
         ("[sampling]\nengine = 'vllm'\ntemperature = 3.0", "from 0.01 to 2.0"),
-        ("[sampling]\nengine = 'vllm'\ntemperature = 0.001", "sampling.temperature: got 0.001"),
+        ("[sampling]\nengine = 'vllm'\ntemperature = 0.001", "[sampling] temperature: got 0.001"),
         ("[sampling]\nengine = 'vllm'\n[sampling.vllm]\nimplementation = 'stock'", "how a teacher scores"),
         ("[sampling]\nengine = 'vllm'\n[sampling.vllm]\nmax_num_seq = 3", "nearest key is 'max_num_seqs'"),
         ("[sampling]\n[sampling.vllm]\nmax_num_seqs = 3", 'got max_num_seqs with engine = "transformers"'),

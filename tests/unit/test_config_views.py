@@ -159,12 +159,12 @@ def test_routed_view_names_all_its_teachers() -> None:
         (
             view('weights = "ema"'),
             {"sampling": 'context = { user = "{success}" }'},
-            "sampling.context: got field 'success', which there is only once responses are sampled",
+            "[sampling] context: got field 'success', which there is only once responses are sampled",
         ),
         (
             view('weights = "ema"'),
             {"sampling": 'sampler = "teacher:maths"\ncontext = { user = "{solution}" }'},
-            "sampling.context: is set with sampler = \"teacher:maths\", and the student samples nothing",
+            "[sampling] context: is set with sampler = \"teacher:maths\", and the student samples nothing",
         ),
         (
             view('weights = "ema"'),
