@@ -26,7 +26,7 @@ from student_trainer.verify import TrainingGroup
 log = structlog.get_logger(__name__)
 
 
-COUNTED = ("positions", "gated_reward", "renormalised")
+COUNTED = ("positions", "gated_reward", "renormalised", "audited")
 
 
 class Tracker(Protocol):
@@ -55,6 +55,7 @@ def step_record(
     for name, total in sums.items():
         share = monitored if name in ("sampled_kl", "teacher_logprob") else positions
         share = {"teacher_entropy": known, "consistency": consistent, "hidden": states}.get(name, share)
+        share = counts.get("audited", 0.0) if name in ("agreement", "audit_weight") else share
         if share:
             record[name] = total / share
     on_policy = all(group.sampled_by == STUDENT for group in groups)

@@ -50,6 +50,8 @@ class TokenBatch:
     old_logprobs: Tensor | None = None  # f32 [T], log p_old; None: the student as it is now
     auxiliary_index: Tensor | None = None  # int64 [A], positions that are also computed under another context
     rewards: Tensor | None = None  # f32 [T], of the response as it was paid, NaN without; for reward gates
+    audit_anchor: Tensor | None = None  # int64 [T], first position of its audited chunk; −1: in no chunk
+    agreement: Tensor | None = None  # f32 [T], of that chunk, NaN where the writer said nothing
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> TokenBatch:
         """The same batch with `change` made to every tensor."""
@@ -76,8 +78,9 @@ class LossOutput:
 
     `metrics` are sums (divide by `metrics["positions"]`), so that micro-batches and ranks add up:
     positions, dropped_teacher, dropped_behaviour, dropped_reward, student_logprob, entropy and, as the
-    plan has them, dropped_evidence, gated_reward, advantage, ratio, ratio_clipped, rollout_weight; over
-    the `entropy_known` positions, where views carry an entropy, teacher_entropy; over the `distilled`
+    plan has them, dropped_evidence, gated_reward, advantage, ratio, ratio_clipped, rollout_weight; with an
+    audit dropped_audit, and over the `audited` positions agreement and audit_weight; over the
+    `entropy_known` positions, where views carry an entropy, teacher_entropy; over the `distilled`
     positions of a pathwise plan divergence, student_mass, teacher_mass; over the `monitored` positions,
     where views carry log q(y), teacher_logprob and sampled_kl (log p(y) − log q(y)).
     `per_token`, when asked for, holds f32 [T] arrays, NaN where a position was not trained on;

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from student_trainer.objective.plan import JUDGE, TRUNCATED
+from student_trainer.objective.plan import AUDIT, JUDGE, TRUNCATED
 from student_trainer.objective.settings import (
     Divergence,
     NoCorrection,
@@ -230,6 +230,30 @@ def check_judge(settings: ObjectiveSettings, teachers: Sequence[str]) -> None:
         )
     if JUDGE in settings.views:
         raise ObjectiveError(f"objective.views.{JUDGE}: with objective.judge the name is taken, use another")
+
+
+def check_audit(settings: ObjectiveSettings, teachers: Sequence[str]) -> None:
+    """Whether audited chunks have a place in the loss, and a writer."""
+    audit = settings.audit
+    if audit is None:
+        return
+    needs: dict[str, tuple[bool, str]] = {
+        "mix": (settings.mix == "route", '"route", by which every other token is distilled'),
+        "correction": (isinstance(settings.correction, NoCorrection), 'kind = "none"'),
+        "reward_coefficient": (settings.reward_coefficient != 0, "any but 0, what it scales"),
+        "horizon": (settings.horizon == 0, "0"),
+    }
+    for name, (fits, allowed) in needs.items():
+        if not fits:
+            value = getattr(settings, name)
+            got = getattr(value, "kind", value)
+            raise ObjectiveError(f"objective.{name}: got {got!r} with objective.audit; allowed: {allowed}")
+    if teachers and audit.teacher not in teachers:
+        raise ObjectiveError(
+            f"objective.audit.teacher: got {audit.teacher!r}, allowed: {', '.join(teachers)}"
+        )
+    if AUDIT in settings.views:
+        raise ObjectiveError(f"objective.views.{AUDIT}: with objective.audit the name is taken, use another")
 
 
 def temperature_warnings(temperature: float, student_temperature: float) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from tutelage_client.types import Limits, Signal
 
 from student_trainer.objective.checks import (
     ENTROPY_GATES,
+    check_audit,
     check_custom,
     check_estimator,
     check_gates,
@@ -21,6 +22,7 @@ from student_trainer.objective.checks import (
     objective_warnings,
     temperature_warnings,
 )
+from student_trainer.objective.extension_settings import AuditSettings
 from student_trainer.objective.functions import find_functions
 from student_trainer.objective.plan import (
     DEFAULT_ALPHA,
@@ -79,7 +81,9 @@ def compile_plan(
     check_weights(row, needs_teacher)
     temperature = effective_temperature(row, student_temperature, needs_teacher)
     check_judge(row, teachers)
-    scorers = [name for name in teachers if name != row.judge]
+    check_audit(row, teachers)
+    asked_beside = {row.judge, None if row.audit is None else row.audit.teacher}
+    scorers = [name for name in teachers if name not in asked_beside]
     names = teacher_names(row, run, scorers) if needs_teacher else {}
     views = {view: row.views[view].coefficient if row.views else 1.0 for view in names}
     if needs_teacher:
@@ -116,7 +120,7 @@ def compile_plan(
         view_requests={} if in_process else {view: (name, signal) for view, name in names.items()},
         student_candidates=k if truncated and row.support != "teacher_topk" else 0,
         needs_teacher=needs_teacher,
-        needs_reward=row.mix != "replace" and row.reward_coefficient != 0,
+        needs_reward=row.mix != "replace" and row.reward_coefficient != 0 and row.audit is None,
         needs_behaviour=needs_behaviour(row, needs_teacher),
         preset=settings.preset,
         warnings=temperature_warnings(temperature, student_temperature)
@@ -153,6 +157,7 @@ def compile_plan(
         ema_rate=row.ema_rate or DEFAULT_EMA_RATE,
         max_lag=row.max_lag,
         judge=row.judge,
+        audit=row.audit,
     )
 
 
@@ -161,12 +166,17 @@ def check_limits(plan: Plan, teacher: str, limits: Limits) -> list[str]:
     problems: list[str] = []
     if plan.judge == teacher and not limits.judge:
         problems.append(f"objective.judge: teacher {teacher!r} is no judge")
+    if plan.audit is not None and plan.audit.teacher == teacher:
+        problems += _audit_problems(plan.audit, limits)
     for view, (_, signal) in plan.view_requests.items():
         if not {"", teacher}.intersection(plan.teachers_of(view)):
             continue
         where = f"objective view {view!r} of teacher {teacher!r}"
         if limits.judge:
             problems.append(f"{where}: the teacher is a judge, which answers no log-probability")
+            continue
+        if limits.max_continuations:
+            problems.append(f"{where}: the teacher is a writer, which answers no log-probability")
             continue
         if signal.top_k > limits.max_top_k:
             problems.append(
@@ -189,6 +199,17 @@ def check_limits(plan: Plan, teacher: str, limits: Limits) -> list[str]:
                 f"{where}: temperature {signal.temperature} is asked for, but the teacher only serves 1"
             )
     return problems
+
+
+def _audit_problems(audit: AuditSettings, limits: Limits) -> list[str]:
+    if not limits.max_continuations:
+        return [f"objective.audit.teacher: teacher {audit.teacher!r} is no writer"]
+    if audit.continuations > limits.max_continuations:
+        return [
+            f"objective.audit.continuations: got {audit.continuations}, teacher {audit.teacher!r} writes at "
+            f"most {limits.max_continuations}"
+        ]
+    return []
 
 
 def _check_hidden(row: ObjectiveSettings, views: Mapping[str, float]) -> None:

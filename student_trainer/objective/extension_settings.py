@@ -59,6 +59,25 @@ class HiddenSettings(StrictSettings):
         return layers
 
 
+class AuditSettings(StrictSettings):
+    """With mix = "route": chunks of a response where the student is least certain, weighed by a writer.
+
+    A token of an audited chunk has the loss −π̂ · log p(y), π̂ = (N·k̄ + α·π̄)/(N + α) held fixed: k̄ is the
+    agreement of the writer's N continuations with the chunk, π̄ the geometric mean of the chunk's p(y) as the
+    step starts (OmniOPD). Every other token is distilled.
+    """
+
+    teacher: str = Field(description="name of the writer, [teachers.NAME.writer]")
+    chunks: PositiveInt = Field(10, description="chunks of a response, at most; they do not overlap")
+    chunk_tokens: PositiveInt = Field(
+        50, description="tokens of a chunk; the responses that are shorter have none"
+    )
+    continuations: PositiveInt = Field(10, description="N, texts that the writer samples at every chunk")
+    prior: Annotated[FiniteFloat, Field(gt=0)] = Field(
+        1.0, description="α, continuations that the student's own confidence counts for"
+    )
+
+
 class CustomSettings(StrictSettings):
     """Functions of your own: "module:attribute", or "file.py:attribute" relative to the file that says so."""
 

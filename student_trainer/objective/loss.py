@@ -64,7 +64,7 @@ def objective_loss(
         raise ValueError(f"distill_open: got {distill_open}, allowed: true or false with a gate, else none")
     head = Head(head_weight.detach(), None if head_bias is None else head_bias.detach(), softcap, scale)
     student = HeadPass(head, plan.temperature, dtype)
-    if plan.log_ratio == "student" and batch.old_logprobs is None:
+    if plan.needs_own and batch.old_logprobs is None:
         batch = replace(batch, old_logprobs=_own_logprobs(student, hidden, batch, chunk_rows))
     rows = select_rows(batch, plan, len(head_weight), distill_open=distill_open is not False)
     rows.traces = {} if per_token else None

@@ -8,7 +8,7 @@ from typing import Literal
 
 from tutelage_client.types import Signal
 
-from student_trainer.objective.extension_settings import AuxiliarySettings, HiddenSettings
+from student_trainer.objective.extension_settings import AuditSettings, AuxiliarySettings, HiddenSettings
 from student_trainer.objective.functions import FunctionSource
 from student_trainer.objective.settings import (
     Charge,
@@ -32,6 +32,7 @@ from student_trainer.objective.settings import (
 from student_trainer.objective.view_settings import ContextTemplate, MissingContext
 
 JUDGE = "judge"  # the request about a group that asks the judge; no view has this name beside one
+AUDIT = "audit"  # likewise the one that asks the writer
 DEFAULT_BETA = 0.5
 DEFAULT_ALPHA = 0.5
 DEFAULT_K = 64
@@ -79,6 +80,7 @@ class Plan:
         log_ratio: whose probability of the sampled token stands below q in u.
         needs_teacher, needs_reward, needs_behaviour: what a TokenBatch must carry.
         judge: teacher whose judgement is the reward; None: the task's checker says it.
+        audit: what a writer is asked about chunks of every response, and what its answers weigh.
         warnings: what a user should know before starting.
     """
 
@@ -138,25 +140,36 @@ class Plan:
     ema_rate: float = DEFAULT_EMA_RATE
     max_lag: int | None = None
     judge: str | None = None
+    audit: AuditSettings | None = None
+
+    @property
+    def beside(self) -> Mapping[str, tuple[str, Signal]]:
+        """What is asked about every group beside the views: of the judge, and of the writer."""
+        found: dict[str, tuple[str, Signal]] = {}
+        if self.judge is not None:
+            found[JUDGE] = (self.judge, Signal(sampled=False, judgement=True))
+        if self.audit is not None:
+            size, count = self.audit.chunk_tokens, self.audit.continuations
+            asked = Signal(sampled=False, continuations=count, chunk_tokens=size)
+            found[AUDIT] = (self.audit.teacher, asked)
+        return found
 
     @property
     def requests(self) -> Mapping[str, tuple[str, Signal]]:
-        """What is asked of whom about every group: the views, and the judge."""
-        if self.judge is None:
-            return self.view_requests
-        return {**self.view_requests, JUDGE: (self.judge, Signal(sampled=False, judgement=True))}
+        """What is asked of whom about every group: the views, and what is asked beside them."""
+        return {**self.view_requests, **self.beside}
 
     def teachers_of(self, view: str) -> tuple[str, ...]:
         """Every teacher that may score the view; one, but for a routed view."""
-        if view == JUDGE and self.judge is not None:
-            return (self.judge,)
+        if view in self.beside:
+            return (self.beside[view][0],)
         route = self.routes.get(view)
         return (self.teachers[view],) if route is None else tuple(sorted(set(route.values())))
 
     def teacher_of(self, view: str, tag: str) -> str | None:
         """The teacher that scores the view for examples of this tag; None where no one is named."""
-        if view == JUDGE and self.judge is not None:
-            return self.judge
+        if view in self.beside:
+            return self.beside[view][0]
         route = self.routes.get(view)
         return self.teachers[view] if route is None else route.get(tag)
 
@@ -188,7 +201,12 @@ class Plan:
     @property
     def uses_old(self) -> bool:
         """Whether it matters what the student's probabilities were when the step began."""
-        return self.weights.rollout_cap is not None or self.log_ratio == "student"
+        return self.weights.rollout_cap is not None or self.needs_own
+
+    @property
+    def needs_own(self) -> bool:
+        """Whether those probabilities must be known before the loss of any position is."""
+        return self.log_ratio == "student" or self.audit is not None
 
     @property
     def in_process(self) -> bool:

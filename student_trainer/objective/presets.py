@@ -104,7 +104,7 @@ def resolve(settings: ObjectiveSettings) -> ObjectiveSettings:
 def _laid_over(row: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
     """The preset's keys with the user's in their place; both as they stand in TOML."""
     merged = {**row, **chosen}
-    for table in ("tokens", "weights", "gate", "custom"):
+    for table in ("tokens", "weights", "gate", "custom", "audit"):
         if isinstance(row.get(table), Mapping) and isinstance(chosen.get(table), Mapping):
             merged[table] = {**row[table], **chosen[table]}
     views, named = row.get("views", {}), chosen.get("views") or {}
@@ -168,7 +168,10 @@ def idle_fields(settings: ObjectiveSettings) -> dict[str, str]:
     for field in ("ratio_clip", "ratio", "ratio_gate", "entropy_factor"):
         only(field, settings.mix == "multiply", 'mix = "multiply"')
     only("entropy_window", settings.entropy_factor is not None, "entropy_factor")
-    only("route_reward", settings.mix == "route", 'mix = "route"')
-    for field in ("reward_coefficient", "advantage_std", "gate", "judge"):
+    rewarded = settings.mix != "replace" and settings.audit is None
+    only("route_reward", settings.mix == "route" and rewarded, 'mix = "route" and no audit')
+    for field in ("advantage_std", "judge"):
+        only(field, rewarded, "a mix with the reward, and no audit")
+    for field in ("reward_coefficient", "gate"):
         only(field, settings.mix != "replace", "a mix with the reward")
     return idle

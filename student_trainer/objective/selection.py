@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from student_trainer.objective.answers import Answers, read_answers
+from student_trainer.objective.audit import read_audit
 from student_trainer.objective.batch import PAD_ID, TokenBatch, ViewTensors
 from student_trainer.objective.custom import TokenValues, divergence_row, transformed_advantage
 from student_trainer.objective.divergences import FDivergence
@@ -39,6 +40,8 @@ _PER_POSITION = (
     "marked",
     "old_logprobs",
     "rewards",
+    "audit_anchor",
+    "agreement",
 )
 
 
@@ -75,12 +78,19 @@ def select_rows(batch: TokenBatch, plan: Plan, vocabulary: int, *, distill_open:
     if reward is not None:
         usable["dropped_reward"] = torch.isfinite(reward)
         reward = torch.nan_to_num(reward, 0.0, 0.0, 0.0)
-        if plan.mix == "route":
-            distilled &= ~rewarded(plan, reward)
+    audit = None if plan.audit is None else read_audit(plan.audit, batch)
+    if audit is not None:
+        # Where the writer said nothing there is no loss to be had: the divergence is of other positions.
+        usable["dropped_audit"] = audit.known | ~audit.chunk
+        reward = audit.weight
+    if reward is not None and plan.mix == "route":
+        distilled &= ~rewarded(plan, reward)
     usable["dropped_teacher"] = ~distilled | answers.usable
     for name, good in usable.items():
         counts[name] = (keep & ~good).sum().to(torch.float64)
         keep = keep & good
+    if audit is not None:
+        counts |= audit.sums(keep)
     behaviour = torch.nan_to_num(batch.behaviour_logprobs.double(), 0.0, 0.0, 0.0)
     index = keep.nonzero().squeeze(1)
     if plan.missing_view == "renormalise":

@@ -6,7 +6,12 @@ from typing import Annotated, Literal, Self, TypeAlias
 
 from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt, model_validator
 
-from student_trainer.objective.extension_settings import AuxiliarySettings, CustomSettings, HiddenSettings
+from student_trainer.objective.extension_settings import (
+    AuditSettings,
+    AuxiliarySettings,
+    CustomSettings,
+    HiddenSettings,
+)
 from student_trainer.objective.view_settings import StrictSettings, ViewSettings
 
 Divergence: TypeAlias = Literal[
@@ -242,6 +247,9 @@ class ObjectiveSettings(StrictSettings):
         None,
         description="teacher whose judgement of every response, from 0 to 1, is its reward, in place of the "
         "task's checker",
+    )
+    audit: AuditSettings | None = Field(
+        None, description="mix = route: chunks that a writer weighs, in place of a verifiable reward"
     )
     distill_coefficient: FiniteFloat = Field(
         1.0, description="factor of the distillation part; 0: no teacher"
