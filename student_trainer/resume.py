@@ -74,6 +74,7 @@ def fixed_settings(config: RunConfig, plan: Plan) -> dict[str, Any]:
         "objective.temperature": plan.temperature,
         "objective.k": plan.k,
         "objective.judge": plan.judge,
+        "objective.audit": None if plan.audit is None else plan.audit.model_dump(mode="json"),
         "objective.auxiliary": None if plan.auxiliary is None else plan.auxiliary.model_dump(mode="json"),
         "objective.custom": {kind: source.identity for kind, source in plan.custom.items()},
         "objective.ema_rate": plan.ema_rate if "ema" in own_weights else None,

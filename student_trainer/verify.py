@@ -22,7 +22,7 @@ from services.queue import ScoredGroup
 from student_trainer.ledger import DropReason, TeacherPin
 from student_trainer.lineage import Lineage, from_proto
 from student_trainer.objective.compile import Plan
-from student_trainer.objective.plan import JUDGE
+from student_trainer.objective.plan import AUDIT, JUDGE
 from student_trainer.sampler.settings import GUIDED, STUDENT
 
 Float32Array = npt.NDArray[np.float32]
@@ -55,6 +55,8 @@ class TrainingRollout:
     marked: bool = True
     auxiliary_ids: Int32Array | None = None  # [P'], context of the plan's auxiliary loss
     guided: bool = False
+    anchors: Int32Array | None = None  # [F], where each audited chunk begins, ascending
+    agreement: Float32Array | None = None  # [F], the writer's; None where it said nothing
 
     @property
     def length(self) -> int:
@@ -130,7 +132,8 @@ def verify_group(
     plan, group = expected.plan, scored.group
     asked = [view for view in plan.view_requests if view not in scored.errors]
     missing_all = not asked and bool(plan.view_requests)
-    if scored.errors and (plan.missing_view == "drop" or missing_all or JUDGE in scored.errors):
+    needed_all = plan.missing_view == "drop" or bool(plan.beside.keys() & scored.errors.keys())
+    if scored.errors and (needed_all or missing_all):
         errors = "; ".join(f"view {view!r}: {error}" for view, error in sorted(scored.errors.items()))
         raise RefusedGroupError("failed", errors)
     try:
@@ -138,6 +141,8 @@ def verify_group(
         scores = {view: _verify_view(view, scored, rollouts, expected, pins) for view in asked}
         if plan.judge is not None:
             rollouts = _judged(rollouts, _verify_view(JUDGE, scored, rollouts, expected, pins))
+        if plan.audit is not None:
+            rollouts = _audited(rollouts, _verify_view(AUDIT, scored, rollouts, expected, pins))
     except TutelageError as error:
         raise RefusedGroupError("shape", error.message) from error
     found = [
@@ -219,7 +224,24 @@ def _decode_rollout(place: int, rollout: Rollout, expected: Expectations) -> Tra
         marked=_marked(name, rollout, expected.plan),
         auxiliary_ids=_auxiliary(name, rollout, expected),
         guided=rollout.guided,
+        anchors=_anchors(name, rollout, len(response_ids), expected.plan),
     )
+
+
+def _anchors(name: str, rollout: Rollout, length: int, plan: Plan) -> Int32Array | None:
+    """Where chunks are audited; none overlaps another, or reaches past the end."""
+    if plan.audit is None:
+        return None
+    if not rollout.HasField("anchors"):
+        raise _shape(f"{name}.anchors: missing, and the objective audits responses")
+    anchors, size = unpack_ids(rollout.anchors, f"{name}.anchors"), plan.audit.chunk_tokens
+    apart = np.diff(anchors, prepend=-size, append=length)
+    if len(anchors) > plan.audit.chunks or (len(anchors) and apart.min() < size):
+        raise _shape(
+            f"{name}.anchors: got {anchors.tolist()}, expected at most {plan.audit.chunks}, ascending, "
+            f"{size} tokens apart and from the end of {length}"
+        )
+    return anchors
 
 
 def _auxiliary(name: str, rollout: Rollout, expected: Expectations) -> Int32Array | None:
@@ -284,6 +306,8 @@ def _verify_view(
             raise _shape(f"{where}: got the score of sequence {found.id!r}")
         if found.error is None and signal.judgement:
             _verify_judgement(where, found)
+        elif found.error is None and signal.continuations:
+            _verify_agreement(where, found, rollout)
         elif found.error is None:
             _verify_arrays(where, found, rollout, signal)
             _verify_hidden(where, found, len(signal.hidden_layers), expected.hidden_size)
@@ -373,6 +397,15 @@ def _verify_judgement(where: str, score: SequenceScore) -> None:
         raise _shape(f"{where}.judgement: got {score.judgement}, expected a number from 0 to 1, alone")
 
 
+def _verify_agreement(where: str, score: SequenceScore, rollout: TrainingRollout) -> None:
+    found, chunks = score.agreement, 0 if rollout.anchors is None else len(rollout.anchors)
+    if found is None or found.shape != (chunks,) or score.valid is not None:
+        got = None if found is None else found.shape
+        raise _shape(f"{where}.agreement: got shape {got}, expected ({chunks},), alone")
+    if not ((found >= 0) & (found <= 1)).all():
+        raise _shape(f"{where}.agreement: got {found.tolist()}, expected numbers from 0 to 1")
+
+
 def _judged(rollouts: list[TrainingRollout], answers: tuple[SequenceScore, ...]) -> list[TrainingRollout]:
     """The rollouts with their judgements for rewards; none where the judge said nothing that can be read."""
     if all(answer.error is not None for answer in answers):
@@ -382,6 +415,24 @@ def _judged(rollouts: list[TrainingRollout], answers: tuple[SequenceScore, ...])
         log.warning("responses without a judgement", count=silent, why=_first_error({JUDGE: answers}))
     return [
         replace(rollout, reward=answer.judgement) for rollout, answer in zip(rollouts, answers, strict=True)
+    ]
+
+
+def _audited(rollouts: list[TrainingRollout], answers: tuple[SequenceScore, ...]) -> list[TrainingRollout]:
+    """The rollouts with the writer's agreement; where it said nothing their chunks are not trained on."""
+    asked = [
+        answer
+        for rollout, answer in zip(rollouts, answers, strict=True)
+        if rollout.anchors is not None and len(rollout.anchors)
+    ]
+    silent = tuple(answer for answer in asked if answer.error is not None)
+    if silent and len(silent) == len(asked):
+        raise RefusedGroupError("no_score", f"no rollout was audited: {_first_error({AUDIT: silent})}")
+    if silent:
+        log.warning("responses without an audit", count=len(silent), why=_first_error({AUDIT: silent}))
+    return [
+        replace(rollout, agreement=answer.agreement)
+        for rollout, answer in zip(rollouts, answers, strict=True)
     ]
 
 

@@ -41,10 +41,12 @@ def build_sampler(config: RunConfig, first: PolicyVersion) -> tuple[StudentPolic
 def _build(config: RunConfig, first: PolicyVersion, opened: ExitStack) -> tuple[StudentPolicy, GroupSampler]:
     sampling = config.sampling
     plan = config.plan()
-    # Responses of another model, or under another context, carry no candidates of the student's own.
-    rescores = (sampling.student_share < 1.0 or sampling.context is not None) and plan.student_candidates > 0
+    # Responses of another model, or under another context, carry no candidates of the student's own, and
+    # none carries entropies.
+    foreign = sampling.student_share < 1.0 or sampling.context is not None
+    reads_back = plan.audit is not None or (foreign and plan.student_candidates > 0)
     source = ModelSource(first.path, None, config.student.dtype, config.student.device)
-    plain = load_plain(sampling, source, stays=rescores)
+    plain = load_plain(sampling, source, stays=reads_back)
     if plain.tokenizer is None:
         raise invalid(f"student.model: the policy in {first.path} has no tokenizer")
     _check_candidates(plan, plain)
@@ -53,10 +55,10 @@ def _build(config: RunConfig, first: PolicyVersion, opened: ExitStack) -> tuple[
     test_prompts = _test_prompts(examples)
     student = open_generator(sampling, source, plain, candidates=plan.student_candidates)
     opened.callback(student.close)
-    self_test(student, sampling, source, plain, test_prompts, stays=rescores)
+    self_test(student, sampling, source, plain, test_prompts, stays=reads_back)
     other = replay or _other_sampler(config, plain, test_prompts, opened)
     load: list[Callable[[Path], object]] = [student.load_weights]
-    if rescores and sampling.engine == "vllm":
+    if reads_back and sampling.engine == "vllm":
         load.append(partial(load_weights, plain.model))
     sampler = GroupSampler(
         run=config.run.name,
@@ -66,7 +68,7 @@ def _build(config: RunConfig, first: PolicyVersion, opened: ExitStack) -> tuple[
         examples=examples,
         tokenizer=plain.tokenizer,
         student=student,
-        student_model=plain.model if rescores else None,
+        student_model=plain.model if reads_back else None,
         pins=TeacherPins(config, plan, tokenizer_fingerprint(plain.tokenizer)),
         other=other,
     )

@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import torch
 from tutelage.v1 import teacher_pb2 as pb
 from tutelage.v1.rollout_pb2 import Group, Rollout, ViewRequest
 from tutelage_client.codec import signal_to_proto
@@ -17,12 +20,14 @@ from services.models.generate import Response, Row
 from services.models.uniforms import uniforms
 from student_trainer.lineage import Lineage, to_proto
 from student_trainer.objective.compile import Plan
-from student_trainer.sampler.candidates import student_candidates
+from student_trainer.objective.weights import token_mask
+from student_trainer.sampler.anchors import peak_anchors
 from student_trainer.sampler.contexts import AUXILIARY, Context, Sampled, without_thinking
 from student_trainer.sampler.examples import Examples
 from student_trainer.sampler.generate import Generator
 from student_trainer.sampler.pins import TeacherPins
 from student_trainer.sampler.prompts import EncodedPrompt
+from student_trainer.sampler.read_back import ReadBack, read_back
 from student_trainer.sampler.settings import GUIDED, STUDENT, SamplingSettings
 from student_trainer.tasks import Example
 
@@ -49,14 +54,21 @@ class OtherSampler:
     generator: Generator
 
 
+@dataclass(frozen=True, slots=True)
+class Written(Response):
+    """A response, and where its chunks begin that are audited."""
+
+    anchors: Int32Array | None = None  # [F]; None where the objective audits nothing
+
+
 class GroupSampler:
     """Samples groups by index; stateless but for the student's weights.
 
     Args:
         examples: prompts, and what privileged views and, with [sampling] context, the student itself see.
         pins: conditions sent with the requests of a teacher.
-        student_model: the student for packed forwards, needed where responses are sampled by another model
-            or under another context, and the plan asks for the student's candidates.
+        student_model: the student for packed forwards, needed where the plan audits responses, and where it
+            asks for the student's candidates and another model or another context samples.
     """
 
     def __init__(
@@ -156,10 +168,10 @@ class GroupSampler:
         examples: Sequence[Example],
         prompts: Sequence[EncodedPrompt],
         by_student: Sequence[bool],
-    ) -> list[list[Response]]:
+    ) -> list[list[Written]]:
         """samples_per_prompt responses for each group."""
         size = self.sampling.samples_per_prompt
-        found: dict[int, list[Response]] = {}
+        found: dict[int, list[Written]] = {}
         for mine in (True, False):
             chosen = [i for i in range(len(indices)) if by_student[i] == mine]
             if not chosen:
@@ -177,8 +189,8 @@ class GroupSampler:
             found.update((i, flat[at * size : (at + 1) * size]) for at, i in enumerate(chosen))
         return [found[i] for i in range(len(indices))]
 
-    def _generate(self, rows: list[Row], prompts: list[Int32Array], *, mine: bool) -> list[Response]:
-        """A response for each row; candidates are the student's own under `prompts`, whoever samples."""
+    def _generate(self, rows: list[Row], prompts: list[Int32Array], *, mine: bool) -> list[Written]:
+        """A response for each row; candidates and entropies are the student's own under `prompts`."""
         recorded = mine and self.sampling.context is None
         generator = self.student if mine or self._other is None else self._other.generator
         responses = generator.generate(
@@ -188,22 +200,34 @@ class GroupSampler:
             max_new_tokens=self.sampling.max_new_tokens,
             candidates=self.plan.student_candidates if recorded else 0,
         )
-        return responses if recorded else self._with_candidates(responses, prompts)
-
-    def _with_candidates(self, responses: list[Response], prompts: list[Int32Array]) -> list[Response]:
-        if not self.plan.student_candidates:
-            return responses
-        candidates: list[Int32Array] = []
-        for start in range(0, len(responses), self.sampling.batch_size):
-            part = slice(start, start + self.sampling.batch_size)
-            pairs = [(i, response.ids) for i, response in enumerate(responses[part])]
-            candidates += student_candidates(
-                self._student_model, prompts[part], pairs, self.plan.student_candidates
-            )
+        wanted = 0 if recorded else self.plan.student_candidates
+        told = self._read_back([response.ids for response in responses], prompts, wanted)
         return [
-            Response(response.ids, response.logprobs, ids, response.finished)
-            for response, ids in zip(responses, candidates, strict=True)
+            Written(
+                response.ids,
+                response.logprobs,
+                each.candidate_ids if wanted else response.candidate_ids,
+                response.finished,
+                self._anchors(response.ids, each.entropy),
+            )
+            for response, each in zip(responses, told, strict=True)
         ]
+
+    def _read_back(
+        self, responses: list[Int32Array], prompts: list[Int32Array], candidates: int
+    ) -> list[ReadBack]:
+        """What must be asked of the student once the responses are there, of one forward; often nothing."""
+        if not candidates and self.plan.audit is None:
+            return [ReadBack(None, None)] * len(responses)
+        at = None if self.plan.audit is None else self.plan.temperature
+        return read_back(self._student_model, prompts, responses, candidates=candidates, entropy_at=at)
+
+    def _anchors(self, ids: Int32Array, entropy: npt.NDArray[np.float64] | None) -> Int32Array | None:
+        audit = self.plan.audit
+        if audit is None or entropy is None:
+            return None
+        selected = token_mask(self.plan.tokens, torch.tensor([len(ids)]), torch.from_numpy(ids)).numpy()
+        return peak_anchors(entropy, selected, chunks=audit.chunks, chunk_tokens=audit.chunk_tokens)
 
     def _sampled(self, index: int, example: Example, responses: Sequence[Response]) -> Sampled:
         texts, ids = self.texts(responses), [response.ids for response in responses]
@@ -215,7 +239,7 @@ class GroupSampler:
             rewards=tuple(self.prompts.reward(example, text) for text in texts),
         )
 
-    def _group(self, sampled: Sampled, prompt: EncodedPrompt, responses: Sequence[Response]) -> Group:
+    def _group(self, sampled: Sampled, prompt: EncodedPrompt, responses: Sequence[Written]) -> Group:
         return Group(
             id=f"{self.run}-{sampled.index}",
             run=self.run,
@@ -248,7 +272,7 @@ class GroupSampler:
         return tuple(requests)
 
 
-def _rollout(response: Response, text: str, reward: float | None) -> Rollout:
+def _rollout(response: Written, text: str, reward: float | None) -> Rollout:
     rollout = Rollout(
         response_ids=_bytes(response.ids),
         behaviour_logprobs=response.logprobs.astype("<f4", copy=False).tobytes(),
@@ -257,6 +281,8 @@ def _rollout(response: Response, text: str, reward: float | None) -> Rollout:
     )
     if reward is not None:
         rollout.reward = reward
+    if response.anchors is not None:
+        rollout.anchors = _bytes(response.anchors)
     if response.candidate_ids is not None:
         rollout.candidate_ids = _bytes(response.candidate_ids)
         rollout.num_candidates = response.candidate_ids.shape[1]

@@ -13,6 +13,7 @@ from tutelage_client.types import Identity, Score, SequenceScore, Usage
 
 from services.queue import ScoredGroup
 from student_trainer.objective.compile import Plan, compile_plan
+from student_trainer.objective.plan import AUDIT
 from student_trainer.objective.settings import ObjectiveSettings
 from student_trainer.verify import Expectations
 
@@ -32,8 +33,14 @@ IDENTITY = Identity(
 )
 
 
+WRITER = replace(IDENTITY, name="writer", engine="test-writer")
+
+
 def make_plan(**settings: Any) -> Plan:
-    return compile_plan(ObjectiveSettings.model_validate(settings), student_temperature=1.0, teachers=["big"])
+    teachers = ["big"] if settings.get("audit") is None else ["big", WRITER.name]
+    return compile_plan(
+        ObjectiveSettings.model_validate(settings), student_temperature=1.0, teachers=teachers
+    )
 
 
 def make_expectations(plan: Plan) -> Expectations:
@@ -49,7 +56,7 @@ def make_group(
     rewards: tuple[float | None, ...] | None = None,
     prompt: int = 4,
 ) -> Group:
-    """Random prompt, responses, behaviour log-probabilities and, where the plan asks, candidates."""
+    """Random prompt, responses, behaviour log-probabilities and what else the plan asks of a sampler."""
     random = np.random.default_rng([index, version])
     group = Group(
         id=f"{RUN}-{index}",
@@ -75,6 +82,11 @@ def make_group(
             )
             rollout.candidate_ids = pack_ids(candidates)
             rollout.num_candidates = plan.student_candidates
+        if plan.audit is not None:
+            size = plan.audit.chunk_tokens
+            starts = np.arange(length % size, length - size + 1, size)
+            chosen = random.permutation(starts)[: plan.audit.chunks]
+            rollout.anchors = pack_ids(np.sort(chosen).astype(np.int32))
         group.rollouts.append(rollout)
     return group
 
@@ -101,6 +113,16 @@ def make_scores(group: Group, plan: Plan, view: str = "teacher", identity: Ident
     return Score(tuple(sequences), identity, Usage(compute_ms=1.0))
 
 
+def make_agreement(group: Group, identity: Identity = WRITER) -> Score:
+    """A writer's answers: random numbers from 0 to 1."""
+    random = np.random.default_rng([group.index, 7])
+    sequences = [
+        SequenceScore(str(place), agreement=random.random(len(rollout.anchors) // 4).astype(np.float32))
+        for place, rollout in enumerate(group.rollouts)
+    ]
+    return Score(tuple(sequences), identity, Usage(compute_ms=1.0))
+
+
 def teacher_logprobs() -> np.ndarray[Any, np.dtype[np.float32]]:
     """[V]: a fixed, rather peaked distribution."""
     logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(5)) * 2
@@ -118,4 +140,7 @@ def scored(group: Group, scores: dict[str, Score], errors: dict[str, str] | None
 
 def scored_group(index: int, plan: Plan, **how: Any) -> ScoredGroup:
     group = make_group(index, plan, **how)
-    return scored(group, {view: make_scores(group, plan, view) for view in plan.view_requests})
+    scores = {view: make_scores(group, plan, view) for view in plan.view_requests}
+    if plan.audit is not None:
+        scores[AUDIT] = make_agreement(group)
+    return scored(group, scores)
