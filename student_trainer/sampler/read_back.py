@@ -102,7 +102,8 @@ def _forward(
 def _entropy(logits: Tensor, temperature: float) -> Tensor:
     """Nats, f64 [N]. In float64: with a vocabulary of 150k a float32 sum does not order near equals."""
     logprobs = (logits.double() / temperature).log_softmax(dim=-1)
-    return torch.special.entr(logprobs.exp_()).sum(dim=-1)
+    entropy: Tensor = torch.special.entr(logprobs.exp_()).sum(dim=-1)
+    return entropy
 
 
 def _finite(entropy: Tensor) -> npt.NDArray[np.float64]:
