@@ -54,6 +54,13 @@ def check_views(
         return
     for view in plan.contexts:
         yield _filled(plan, view, [contexts[view][0] for contexts in found])
+        if plan.preference is not None and plan.contexts[view] != (config.sampling.context,):
+            yield Finding(
+                "warn",
+                f"view {view}",
+                "its context is not the text of [sampling] context, under which the preferred responses are "
+                "sampled; objective.preference takes the view for what sampled them",
+            )
         facts = [
             student if name in plan.implied_teachers else teachers.get(name)
             for name in plan.teachers_of(view)

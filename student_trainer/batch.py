@@ -9,6 +9,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, groupby, pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,7 @@ from services.models.packed import PackedLayout, build_layout
 from student_trainer.objective.batch import TokenBatch, ViewTensors
 from student_trainer.objective.compile import Plan
 from student_trainer.objective.mix import group_advantages
+from student_trainer.objective.preference import paired_groups, paired_positions
 from student_trainer.objective.weights import position_weights, token_mask
 from student_trainer.verify import TrainingGroup, TrainingRollout
 
@@ -54,9 +56,9 @@ def pack_step(
     """Micro-batches of one optimizer step; the sum of their losses is the step's mean loss.
 
     A prompt is packed once for all its rollouts. A group larger than `max_tokens` is cut between
-    rollouts; a single rollout larger than that gets a micro-batch of its own. With several `shares`,
-    to be trained side by side, micro-batches are of about one size and, where there are rollouts
-    enough, a multiple of `shares`.
+    rollouts; a single rollout larger than that gets a micro-batch of its own. With a preference, whose pairs
+    are of one group, so does a group. With several `shares`, to be trained side by side, micro-batches are
+    of about one size and, where there are rollouts enough, a multiple of `shares`.
 
     Returns:
         An empty list when no position of the step can be trained on.
@@ -64,26 +66,17 @@ def pack_step(
     parts = _cut(groups, plan, max_tokens, shares)
     masks = [_mask(part, plan) for part in parts]
     lengths = [torch.tensor([member.rollout.length for member in part]) for part in parts]
-    total_tokens = sum(int(mask.sum()) for mask in masks)
-    total_sequences = sum(
-        _selected_sequences(mask, sizes) for mask, sizes in zip(masks, lengths, strict=True)
-    )
-    if not total_tokens:
+    if not any(bool(mask.any()) for mask in masks):
         return []
+    weights = _weights(parts, masks, lengths, plan)
     return [
         MicroBatch(
             layout=_layout(part),
-            tokens=_tokens(
-                part, plan, mask, sizes,
-                position_weights(
-                    mask, sizes, plan.normalisation,
-                    total_tokens=total_tokens, total_sequences=total_sequences,
-                ),
-            ),
+            tokens=_tokens(part, plan, mask, sizes, weight),
             members=tuple(part),
         )
-        for part, mask, sizes in zip(parts, masks, lengths, strict=True)
-    ]  # fmt: skip
+        for part, mask, sizes, weight in zip(parts, masks, lengths, weights, strict=True)
+    ]
 
 
 def deal(micro_batches: Sequence[MicroBatch], world: int) -> list[list[int]]:
@@ -120,29 +113,40 @@ def idle_batch(micro_batch: MicroBatch) -> MicroBatch:
 def _cut(groups: Sequence[TrainingGroup], plan: Plan, max_tokens: int, shares: int) -> list[list[Member]]:
     """Consecutive rollouts up to the token budget, a prompt counted once per micro-batch."""
     members = [member for group in groups for member in _members(group, plan)]
-    starts = _starts(members, max_tokens)
+    whole = plan.preference is not None
+    starts = _starts(members, max_tokens, whole)
     if shares > 1:
         wanted = -(-len(starts) // shares) * shares
         # The smallest budget that needs no more micro-batches: the largest is then as small as can be.
         fair = 1 + bisect_left(
-            range(1, max_tokens), True, key=lambda budget: len(_starts(members, budget)) <= wanted
+            range(1, max_tokens), True, key=lambda budget: len(_starts(members, budget, whole)) <= wanted
         )
-        starts = _starts(members, fair)
+        starts = _starts(members, fair, whole)
     return [members[start:end] for start, end in zip(starts, [*starts[1:], len(members)], strict=True)]
 
 
-def _starts(members: Sequence[Member], max_tokens: int) -> list[int]:
-    """Where each micro-batch begins."""
+def _starts(members: Sequence[Member], max_tokens: int, whole: bool) -> list[int]:
+    """Where each micro-batch begins: at a rollout, or with `whole` groups at the first of one."""
+    numbers = _group_numbers(members)
     starts: list[int] = []
-    used = 0
-    for place, member in enumerate(members):
-        again = place > 0 and members[place - 1].group is member.group
-        cost = member.cost + (0 if again else len(member.group.prompt_ids))
+    used, place, last = 0, 0, -1
+    for (number, _), together in groupby(
+        enumerate(members), key=lambda at: (numbers[at[0]], 0 if whole else at[0])
+    ):
+        kept = [member for _, member in together]
+        responses, prompt = sum(member.cost for member in kept), len(kept[0].group.prompt_ids)
+        cost = responses + (0 if number == last else prompt)
         if not starts or used + cost > max_tokens:
             starts.append(place)
-            used, cost = 0, member.cost + len(member.group.prompt_ids)
-        used += cost
+            used, cost = 0, responses + prompt
+        used, place, last = used + cost, place + len(kept), number
     return starts
+
+
+def _group_numbers(members: Sequence[Member]) -> list[int]:
+    """Which group each member is of, counted from 0."""
+    changes = (int(one.group is not other.group) for one, other in pairwise(members))
+    return list(accumulate(changes, initial=0))
 
 
 def _members(group: TrainingGroup, plan: Plan) -> list[Member]:
@@ -176,8 +180,44 @@ def _mask(part: Sequence[Member], plan: Plan) -> Tensor:
     ]
     lengths = torch.tensor([member.rollout.length for member in part])
     sampled = torch.from_numpy(np.concatenate([member.rollout.response_ids for member in part]))
-    mask = torch.from_numpy(np.concatenate(scored)) & token_mask(plan.tokens, lengths, sampled)
+    valid, wanted = torch.from_numpy(np.concatenate(scored)), token_mask(plan.tokens, lengths, sampled)
+    if plan.preference is not None:
+        return paired_positions(wanted, valid, lengths, **_pairing(part))
+    mask = valid & wanted
     return mask & _marked(part, lengths) if plan.tokens.marked_only else mask
+
+
+def _weights(
+    parts: Sequence[Sequence[Member]], masks: Sequence[Tensor], lengths: Sequence[Tensor], plan: Plan
+) -> list[Tensor]:
+    """f32 [T] of every part: the share that a position's loss has in the step's.
+
+    With a preference the unit is the group: 1 over the groups that have a pair, at all of their positions.
+    """
+    if plan.preference is not None:
+        trained = sum(
+            paired_groups(mask, sizes, _pairing(part)["groups"])
+            for part, mask, sizes in zip(parts, masks, lengths, strict=True)
+        )
+        return [mask.to(torch.float32) / trained for mask in masks]
+    total_tokens = sum(int(mask.sum()) for mask in masks)
+    total_sequences = sum(
+        _selected_sequences(mask, sizes) for mask, sizes in zip(masks, lengths, strict=True)
+    )
+    return [
+        position_weights(
+            mask, sizes, plan.normalisation, total_tokens=total_tokens, total_sequences=total_sequences
+        )
+        for mask, sizes in zip(masks, lengths, strict=True)
+    ]
+
+
+def _pairing(part: Sequence[Member]) -> dict[str, Tensor]:
+    """Of every response, [B]: its group and whether it is guided."""
+    return {
+        "groups": torch.tensor(_group_numbers(part)),
+        "guided": torch.tensor([member.rollout.guided for member in part]),
+    }
 
 
 def _selected_sequences(mask: Tensor, lengths: Tensor) -> int:
@@ -234,23 +274,8 @@ def _tokens(part: Sequence[Member], plan: Plan, mask: Tensor, lengths: Tensor, w
         marked=_marked(part, lengths) if plan.tokens.marked_only else None,
         auxiliary_index=_auxiliary_index(part, lengths) if plan.auxiliary is not None else None,
         rewards=rewards.repeat_interleave(lengths) if plan.carries_rewards else None,
-        **(_audit(part, plan.audit.chunk_tokens) if plan.audit is not None else {}),
+        **(_pairing(part) if plan.preference is not None else {}),
     )
-
-
-def _audit(part: Sequence[Member], chunk_tokens: int) -> dict[str, Tensor]:
-    """Of every position, [T]: where its audited chunk begins, and the writer's agreement with it."""
-    total = sum(member.rollout.length for member in part)
-    anchor, agreement = np.full(total, -1, dtype=np.int64), np.full(total, np.nan, dtype=np.float32)
-    begin = 0
-    for member in part:
-        anchors, found = member.rollout.anchors, member.rollout.agreement
-        assert anchors is not None  # verified
-        for number, start in enumerate(begin + anchors):
-            anchor[start : start + chunk_tokens] = start
-            agreement[start : start + chunk_tokens] = np.nan if found is None else found[number]
-        begin += member.rollout.length
-    return {"audit_anchor": torch.from_numpy(anchor), "agreement": torch.from_numpy(agreement)}
 
 
 def _marked(part: Sequence[Member], lengths: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ def check_sections(config: RunConfig) -> None:
     plan = _check_objective(config)
     _check_judge(config, plan)
     _check_reward(config, plan)
+    _check_preference(config, plan)
     _check_sampler(config)
     _check_sampling_engine(config)
     _check_teacher_engines(config)
@@ -115,6 +116,24 @@ def _check_reward(config: RunConfig, plan: Plan) -> None:
         raise ValueError(
             "[sampling] samples_per_prompt: got 1; a reward's advantage compares the responses of one "
             "prompt, so at least 2 are needed"
+        )
+
+
+def _check_preference(config: RunConfig, plan: Plan) -> None:
+    """Whether every group has responses of both kinds."""
+    if plan.preference is None:
+        return
+    guided, size = config.sampling.guided, config.sampling.samples_per_prompt
+    if not 0 < guided < size:
+        raise ValueError(
+            f"[sampling] guided_samples: {guided} of samples_per_prompt = {size} responses are sampled under "
+            "[sampling] context; objective.preference compares these with the others and needs a context, "
+            "and at least one of each"
+        )
+    if config.sampling.sampler != "student":
+        raise ValueError(
+            f'[sampling] sampler: got "{config.sampling.sampler}" with objective.preference, which compares '
+            'what the student itself sampled; allowed: "student"'
         )
 
 

@@ -26,7 +26,7 @@ from student_trainer.verify import TrainingGroup
 log = structlog.get_logger(__name__)
 
 
-COUNTED = ("positions", "gated_reward", "renormalised", "audited")
+COUNTED = ("positions", "gated_reward", "renormalised", "audited", "pairs", "groups_unpaired")
 
 
 class Tracker(Protocol):
@@ -54,6 +54,7 @@ def step_record(
     record: dict[str, float] = {"step": ledger.step, "policy_version": ledger.step, "loss": result.loss}
     for name, total in sums.items():
         share = monitored if name in ("sampled_kl", "teacher_logprob") else positions
+        share = counts.get("pairs", 0.0) if name.startswith("preference_") else share
         share = {"teacher_entropy": known, "consistency": consistent, "hidden": states}.get(name, share)
         share = counts.get("audited", 0.0) if name in ("agreement", "audit_weight") else share
         if share:

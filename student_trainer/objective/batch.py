@@ -49,6 +49,8 @@ class TokenBatch:
     marked: Tensor | None = None  # bool [T], for tokens.marked_only
     old_logprobs: Tensor | None = None  # f32 [T], log p_old; None: the student as it is now
     auxiliary_index: Tensor | None = None  # int64 [A], positions that are also computed under another context
+    groups: Tensor | None = None  # int64 [B], the response's group, counted from 0; for preferences
+    guided: Tensor | None = None  # bool [B], sampled under [sampling] context; likewise
     rewards: Tensor | None = None  # f32 [T], of the response as it was paid, NaN without; for reward gates
     audit_anchor: Tensor | None = None  # int64 [T], first position of its audited chunk; −1: in no chunk
     agreement: Tensor | None = None  # f32 [T], of that chunk, NaN where the writer said nothing
@@ -78,6 +80,7 @@ class LossOutput:
 
     `metrics` are sums (divide by `metrics["positions"]`), so that micro-batches and ranks add up:
     positions, dropped_teacher, dropped_behaviour, dropped_reward, student_logprob, entropy and, as the
+    plan has them, groups_unpaired, pairs and over these preference_margin and preference_accuracy; as the
     plan has them, dropped_evidence, gated_reward, advantage, ratio, ratio_clipped, rollout_weight; with an
     audit dropped_audit, and over the `audited` positions agreement and audit_weight; over the
     `entropy_known` positions, where views carry an entropy, teacher_entropy; over the `distilled`

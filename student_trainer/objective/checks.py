@@ -198,14 +198,19 @@ def effective_temperature(row: ObjectiveSettings, student_temperature: float, ne
 
 
 def needs_behaviour(row: ObjectiveSettings, needs_teacher: bool) -> bool:
-    own = row.log_ratio == "student"
+    own = row.log_ratio == "student" or row.preference is not None
     uses_advantage = needs_teacher and row.estimator == "score_function" and not own
     corrected = not isinstance(row.correction, NoCorrection) or row.weights.rollout_cap is not None
     return uses_advantage or corrected
 
 
 def check_guided(row: ObjectiveSettings, needs_teacher: bool, guided: bool) -> None:
-    """Whether u and the samples mean something where the sampler's student sees another context."""
+    """Whether u and the samples mean something where the sampler's student sees another context.
+
+    Pairs are compared as they were sampled, whichever the context.
+    """
+    if row.preference is not None:
+        return
     corrected = not isinstance(row.correction, NoCorrection) or row.weights.rollout_cap is not None
     if guided and not corrected and (row.estimator == "score_function" or row.mix != "replace"):
         raise ObjectiveError(

@@ -33,6 +33,7 @@ from student_trainer.objective.plan import (
     TRUNCATED,
     Plan,
 )
+from student_trainer.objective.preference_checks import check_preference
 from student_trainer.objective.presets import idle_fields, resolve
 from student_trainer.objective.settings import Divergence, ObjectiveError, ObjectiveSettings
 from student_trainer.objective.view_checks import check_views
@@ -70,7 +71,7 @@ def compile_plan(
         )
     needs_teacher = row.distill_coefficient != 0
     check_guided(row, needs_teacher, guided)
-    if guided and row.log_ratio is None and row.estimator == "score_function":
+    if guided and row.log_ratio is None and row.estimator == "score_function" and row.preference is None:
         row = row.model_copy(update={"log_ratio": "student"})
     divergence, beta, alpha = _divergence(row)
     check_mix(row, needs_teacher)
@@ -88,6 +89,7 @@ def compile_plan(
     views = {view: row.views[view].coefficient if row.views else 1.0 for view in names}
     if needs_teacher:
         check_views(row, divergence, views)
+    check_preference(row, views)
     _check_hidden(row, views)
     truncated = needs_teacher and row.support in TRUNCATED
     k = (row.k or DEFAULT_K) if truncated else 0
@@ -138,6 +140,7 @@ def compile_plan(
         log_ratio=row.log_ratio or "behaviour",
         guided=guided,
         own_samples=own_samples,
+        preference=row.preference,
         auxiliary=row.auxiliary,
         hidden=row.hidden,
         custom=custom,

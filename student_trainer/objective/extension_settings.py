@@ -78,6 +78,18 @@ class AuditSettings(StrictSettings):
     )
 
 
+class PreferenceSettings(StrictSettings):
+    """In place of a divergence (PBSD): of a group, guided responses are preferred to the student's own.
+
+    The mean over pairs of −log σ(scale · [(log p − log q)(guided) − (log p − log q)(own)]), sums over whole
+    responses, p the student as it is, q the only view.
+    """
+
+    scale: Annotated[FiniteFloat, Field(gt=0)] = Field(
+        0.1, description="β: how far p may move from q for a pair that is told apart"
+    )
+
+
 class CustomSettings(StrictSettings):
     """Functions of your own: "module:attribute", or "file.py:attribute" relative to the file that says so."""
 

@@ -64,7 +64,8 @@ def objective_loss(
         raise ValueError(f"distill_open: got {distill_open}, allowed: true or false with a gate, else none")
     head = Head(head_weight.detach(), None if head_bias is None else head_bias.detach(), softcap, scale)
     student = HeadPass(head, plan.temperature, dtype)
-    if plan.needs_own and batch.old_logprobs is None:
+    # Pairs are compared as the student is now, whatever it was when the step began.
+    if plan.preference is not None or (plan.needs_own and batch.old_logprobs is None):
         batch = replace(batch, old_logprobs=_own_logprobs(student, hidden, batch, chunk_rows))
     rows = select_rows(batch, plan, len(head_weight), distill_open=distill_open is not False)
     rows.traces = {} if per_token else None
@@ -86,6 +87,9 @@ def objective_loss(
         job = replace(job, rows=rows.charged(costs, batch.sequence_lengths))
     rows = job.rows
     loss: Tensor = FusedHeadLoss.apply(hidden, head_weight, head_bias, job)  # type: ignore[no-untyped-call]
+    if rows.pairs is not None:
+        # Its gradient is that of the pairs; its value becomes theirs, too.
+        loss = loss + (plan.distill_coefficient * rows.pairs.loss - loss.detach())
     return LossOutput(loss=loss, metrics=_metrics(rows), per_token=_per_token(rows, len(hidden)))
 
 

@@ -8,7 +8,12 @@ from typing import Literal
 
 from tutelage_client.types import Signal
 
-from student_trainer.objective.extension_settings import AuditSettings, AuxiliarySettings, HiddenSettings
+from student_trainer.objective.extension_settings import (
+    AuditSettings,
+    AuxiliarySettings,
+    HiddenSettings,
+    PreferenceSettings,
+)
 from student_trainer.objective.functions import FunctionSource
 from student_trainer.objective.settings import (
     Charge,
@@ -77,6 +82,7 @@ class Plan:
         auxiliary: a loss beside the objective, which needs the responses under a context of its own.
         guided: whether the sampler's student saw another context than the trainer's; with `own_samples`
             for some responses of a group only.
+        preference: pairs of responses are trained on, in place of a divergence of tokens.
         log_ratio: whose probability of the sampled token stands below q in u.
         needs_teacher, needs_reward, needs_behaviour: what a TokenBatch must carry.
         judge: teacher whose judgement is the reward; None: the task's checker says it.
@@ -129,6 +135,7 @@ class Plan:
     custom: Mapping[str, FunctionSource] = field(default_factory=dict)
     guided: bool = False
     own_samples: bool = False
+    preference: PreferenceSettings | None = None
     auxiliary: AuxiliarySettings | None = None
     hidden: HiddenSettings | None = None
     contexts: Mapping[str, tuple[ContextTemplate, ...]] = field(default_factory=dict)

@@ -104,7 +104,7 @@ def resolve(settings: ObjectiveSettings) -> ObjectiveSettings:
 def _laid_over(row: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
     """The preset's keys with the user's in their place; both as they stand in TOML."""
     merged = {**row, **chosen}
-    for table in ("tokens", "weights", "gate", "custom", "audit"):
+    for table in ("tokens", "weights", "gate", "custom", "audit", "preference"):
         if isinstance(row.get(table), Mapping) and isinstance(chosen.get(table), Mapping):
             merged[table] = {**row[table], **chosen[table]}
     views, named = row.get("views", {}), chosen.get("views") or {}
@@ -143,22 +143,24 @@ def idle_fields(settings: ObjectiveSettings) -> dict[str, str]:
     only("ema_rate", "ema" in weights, 'a view with weights = "ema"')
     only("max_lag", bool(weights & {"live", "ema"}), 'a view with weights = "live" or "ema"')
     own_divergence = settings.custom.divergence is not None
-    only("divergence", not own_divergence, "no custom.divergence")
+    pairs = settings.preference is not None
+    only("divergence", not own_divergence and not pairs, "no custom.divergence, and no preference")
     only("beta", settings.divergence == "jsd", 'divergence = "jsd"')
     only("alpha", settings.divergence == "alpha", 'divergence = "alpha"')
     only("k", truncated, "a top-k support")
     only("tail", truncated, "a top-k support")
     score_function = settings.estimator == "score_function"
-    only("log_ratio", score_function, 'estimator = "score_function"')
+    token_wise = score_function and not pairs
+    only("log_ratio", token_wise, 'estimator = "score_function", and no preference')
     for field in ("discount", "advantage_clip"):
         only(
             field,
-            score_function or settings.horizon != 0,
-            'estimator = "score_function", or "pathwise" with a horizon',
+            token_wise or settings.horizon != 0,
+            'estimator = "score_function" without preference, or "pathwise" with a horizon',
         )
     only(
         "score_weight",
-        score_function
+        token_wise
         and (settings.divergence != "kl_student_teacher" or own_divergence)
         and settings.mix != "multiply",
         'estimator = "score_function", a divergence other than kl_student_teacher and no mix = "multiply"',

@@ -16,6 +16,7 @@ from student_trainer.objective.custom import TokenValues, own_weight
 from student_trainer.objective.divergences import MAX_LOG_RATIO, FDivergence
 from student_trainer.objective.estimators import discounted_future, importance_weight, surrogate
 from student_trainer.objective.plan import Plan
+from student_trainer.objective.preference import Pairs
 from student_trainer.objective.settings import ImportanceCorrection
 from student_trainer.objective.tails import STOPPED, support_entropy, truncated
 
@@ -54,6 +55,7 @@ class Rows:
     teacher_sampled: Tensor | None  # f64 [N], NaN where unknown
     old: Tensor | None = None  # f64 [N], log p_old where the batch has it
     teacher_entropy: Tensor | None = None  # f64 [N], NaN where unknown
+    pairs: Pairs | None = None  # where the plan has a preference
     tokens: TokenValues | None = None  # [N], where the plan has functions of the user's
     sums: dict[str, Tensor] = field(default_factory=dict)
     traces: dict[str, list[Tensor]] | None = None

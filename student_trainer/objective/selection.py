@@ -16,6 +16,7 @@ from student_trainer.objective.divergences import FDivergence
 from student_trainer.objective.estimators import discounted_future, future_reward, own_advantage
 from student_trainer.objective.mix import entropy_certainty, mixed_advantage, rewarded
 from student_trainer.objective.plan import TRUNCATED, Plan
+from student_trainer.objective.preference import read_pairs
 from student_trainer.objective.rows import Rows, SupportTerm
 from student_trainer.objective.support import check_distinct, check_ids
 from student_trainer.objective.targets import (
@@ -85,18 +86,24 @@ def select_rows(batch: TokenBatch, plan: Plan, vocabulary: int, *, distill_open:
         reward = audit.weight
     if reward is not None and plan.mix == "route":
         distilled &= ~rewarded(plan, reward)
-    usable["dropped_teacher"] = ~distilled | answers.usable
+    pairs = None if plan.preference is None else read_pairs(plan, batch)
+    usable["dropped_teacher"] = ~distilled | answers.usable if pairs is None else pairs.trained
     for name, good in usable.items():
         counts[name] = (keep & ~good).sum().to(torch.float64)
         keep = keep & good
     if audit is not None:
         counts |= audit.sums(keep)
+    counts |= {} if pairs is None else pairs.sums
     behaviour = torch.nan_to_num(batch.behaviour_logprobs.double(), 0.0, 0.0, 0.0)
     index = keep.nonzero().squeeze(1)
     if plan.missing_view == "renormalise":
         counts["renormalised"] = (keep & distilled & answers.rescaled).sum().to(torch.float64)
     distilled &= answers.usable
-    advantage = _advantage(batch, plan, answers, reward, vocabulary, distilled=distilled)
+    advantage = (
+        _advantage(batch, plan, answers, reward, vocabulary, distilled=distilled)
+        if pairs is None
+        else mixed_advantage(plan, pairs.advantage, None, None)
+    )
     pathwise = plan.needs_teacher and plan.estimator == "pathwise"
     supports, terms = _terms(batch, plan, answers, index, distilled[index]) if pathwise else ([], [])
     sampled_ids = batch.sampled_ids[index, None]
@@ -118,6 +125,7 @@ def select_rows(batch: TokenBatch, plan: Plan, vocabulary: int, *, distill_open:
         teacher_sampled=None if target is None else target[index],
         old=None if batch.old_logprobs is None else batch.old_logprobs.double()[index],
         teacher_entropy=_teacher_entropy(batch, index),
+        pairs=pairs,
         tokens=_token_values(batch, plan, behaviour, target).at(index) if plan.tells_tokens else None,
         sums=counts,
     )

@@ -11,6 +11,7 @@ from student_trainer.objective.extension_settings import (
     AuxiliarySettings,
     CustomSettings,
     HiddenSettings,
+    PreferenceSettings,
 )
 from student_trainer.objective.view_settings import StrictSettings, ViewSettings
 
@@ -188,6 +189,11 @@ class ObjectiveSettings(StrictSettings):
     auxiliary: AuxiliarySettings | None = Field(None, description="a loss beside the objective")
     hidden: HiddenSettings | None = Field(
         None, description="a loss beside the objective: hidden states towards the only view's teacher's"
+    )
+    preference: PreferenceSettings | None = Field(
+        None,
+        description="in place of a divergence: responses sampled under [sampling] context are preferred to "
+        "the group's others, with one view under the same context",
     )
     custom: CustomSettings = Field(CustomSettings(), description="functions of your own")
     divergence: Divergence = Field(

@@ -25,6 +25,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 }
 SECTIONS: dict[str, dict[str, Any]] = {
     "edge-opd": {"sampling": {"context": {"user": "Keep this in mind:\n{context}\n\n{prompt}"}}},
+    "pbsd": {
+        "sampling": {
+            "context": presets.load("pbsd").objective["views"]["solution"]["context"],
+            "guided_samples": 2,
+        }
+    },
 }
 
 
@@ -51,6 +57,25 @@ def test_preset_trains_on_its_formula(stage: Stage, name: str) -> None:
     assert first.loss == pytest.approx(loss.item(), rel=2e-3, abs=2e-6)
     assert first.gradient_norm == pytest.approx(slope(loss, stage.reference("student")), rel=5e-3)
     assert first.gradient_norm > 1e-4
+
+
+def test_the_writer_is_asked_where_the_student_is_least_certain(stage: Stage) -> None:
+    """The stored anchors are the peaks of an independent forward, and it agrees with some text, not with all."""
+    course = stage.run(stage.config("omniopd", required("omniopd"), run={"name": "omniopd-anchors"}))
+    agreements = [value for _, value in audited(course)]
+    assert len(agreements) > len(course.steps[0][0])
+    assert min(agreements) < max(agreements)
+    for group, requests in (course.submitted[group.index] for group in course.steps[0][0]):
+        assert requests[-1].teacher == "writer"
+        prompt = ids(group.prompt_ids)
+        for rollout in group.rollouts:
+            log_p = forward(stage, "student", prompt, ids(rollout.response_ids)).detach().double()
+            entropy = -(log_p.exp() * log_p).sum(-1)
+            taken: list[int] = []
+            for _ in range(2):
+                free = [t for t in range(len(entropy) - 1) if all(abs(t - other) > 1 for other in taken)]
+                taken += [max(free, key=lambda t: float(entropy[t]))] if free else []
+            assert ids(rollout.anchors).tolist() == sorted(taken)
 
 
 def slope(loss: Tensor, model: Any) -> float:
@@ -90,9 +115,24 @@ def first_step(stage: Stage, course: Course) -> tuple[Problem, Tensor]:
         marked=column["marked"],
         factors=tuple(column[f"factor:{view}"] for view in course.plan.weight_fields),
         k=course.plan.k,
+        groups=torch.tensor([i for i, (group, _) in enumerate(stored) for _ in group.rollouts]),
+        guided=torch.tensor([rollout.guided for group, _ in stored for rollout in group.rollouts]),
         under=column.get("under"),
+        chunks=audited(course),
     )
     return problem, log_p
+
+
+def audited(course: Course) -> tuple[tuple[int, float], ...]:
+    """Where the chunks of the first step begin in its rows, and what the writer said of them."""
+    begin, found = 0, []
+    for group in course.steps[0][0]:
+        for rollout in group.rollouts:
+            if rollout.anchors is not None and rollout.agreement is not None:
+                places = (begin + rollout.anchors).tolist()
+                found += list(zip(places, rollout.agreement.tolist(), strict=True))
+            begin += rollout.length
+    return tuple(found)
 
 
 def rollout_rows(

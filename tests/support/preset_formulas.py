@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from support.preset_problem import SKIPPED, Formula, Problem
+from support.preset_problem import CHUNK_TOKENS, CONTINUATIONS, SKIPPED, Formula, Problem
 
 
 def kl(p: Tensor, q: Tensor) -> Tensor:
@@ -139,7 +139,38 @@ def mad_opd(x: Problem, log_p: Tensor) -> Tensor:
     return total.mean()
 
 
+def pbsd(x: Problem, log_p: Tensor) -> Tensor:
+    """DPO's loss of every guided response with every own one, a group's pairs alike, and groups alike."""
+    apart = (x.of(log_p) - x.of(x.first)).split(x.lengths.tolist())
+    groups, guided = x.pairing
+    losses = []
+    for number in range(int(groups.max()) + 1):
+        of_group = [i for i in range(len(apart)) if groups[i] == number]
+        pairs = [
+            -torch.nn.functional.logsigmoid(0.1 * (apart[i].sum() - apart[j].sum()))
+            for i in of_group
+            for j in of_group
+            if guided[i] and not guided[j]
+        ]
+        losses.append(torch.stack(pairs).mean())
+    return torch.stack(losses).mean()
+
+
+def omniopd(x: Problem, log_p: Tensor) -> Tensor:
+    """−π̂ log p(y) in audited chunks, π̂ of the writer and of the student's own confidence; 0.1 KL(ref‖p) elsewhere."""
+    ids = x.top(x.first)
+    losses = 0.1 * kl(with_rest(x.first, ids), with_rest(log_p, ids))
+    for first, agreement in x.chunks:
+        cells = torch.arange(first, first + CHUNK_TOKENS)
+        confidence = x.old[cells].exp().log().sum().div(CHUNK_TOKENS).exp()
+        weight = (CONTINUATIONS * agreement + 1.0 * confidence) / (CONTINUATIONS + 1.0)
+        losses = losses.index_copy(0, cells, -weight.to(losses.dtype) * x.of(log_p)[cells])
+    return losses.mean()
+
+
 FORMULAS: dict[str, Formula] = {
+    "omniopd": omniopd,
+    "pbsd": pbsd,
     "thinking-machines": importance(evidence),
     "rock-tokens": rock_tokens,
     "qwen3-strong-to-weak": lambda x, log_p: reverse(x, log_p).mean(),

@@ -5,6 +5,7 @@ Two responses, three views, float64; the hidden rows are the logits and the head
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -22,7 +23,15 @@ from support.tabular import V, random_logits
 
 K = 4
 SKIPPED = [3, 5]  # ids
-REQUIRED: dict[str, dict[str, Any]] = {"tokens.skip_ids": {"tokens": {"skip_ids": SKIPPED}}}
+CHUNK_TOKENS, CONTINUATIONS = 2, 3
+REQUIRED: dict[str, dict[str, Any]] = {
+    "tokens.skip_ids": {"tokens": {"skip_ids": SKIPPED}},
+    "audit.teacher": {
+        "audit": {
+            "teacher": "writer", "chunks": 2, "chunk_tokens": CHUNK_TOKENS, "continuations": CONTINUATIONS
+        }
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,10 @@ class Problem:
     marked: Tensor  # bool [T]
     factors: tuple[Tensor, ...] = ()  # [T], of views that examples weigh
     k: int = K
+    groups: Tensor | None = None  # int64 [B], of the responses; None: all of one
+    guided: Tensor | None = None  # bool [B], sampled under a context; None: the first response alone
     under: Tensor | None = None  # [T, V], the student under an auxiliary context; differentiable, too
+    chunks: tuple[tuple[int, float], ...] = ()  # first position of each audited chunk, and its agreement
 
     def of(self, log_x: Tensor) -> Tensor:
         """[T], at the sampled token."""
@@ -56,6 +68,13 @@ class Problem:
     @property
     def second(self) -> Tensor:
         return self.views[1]
+
+    @property
+    def pairing(self) -> tuple[Tensor, Tensor]:
+        """Group of every response, and whether it is guided, [B]."""
+        places = torch.arange(len(self.lengths))
+        groups = places * 0 if self.groups is None else self.groups
+        return groups, places == 0 if self.guided is None else self.guided
 
     def top(self, log_x: Tensor) -> Tensor:
         """The k most probable ids."""
@@ -88,6 +107,7 @@ def random_problem() -> Problem:
         paid=torch.where(in_first, 1.0, 0.0).double(),
         marked=in_first,
         factors=(shares, 1 - shares),
+        chunks=((1, 0.8), (6, 0.1), (15, 0.5), (28, 1.0)),
     )
 
 
@@ -118,6 +138,11 @@ def make_batch(plan: Plan, x: Problem) -> TokenBatch:
     weight = position_weights(
         mask, x.lengths, plan.normalisation, total_tokens=int(mask.sum()), total_sequences=sequences
     )
+    groups, guided = x.pairing
+    weight = mask / len(groups.unique()) if plan.preference is not None else weight
+    anchor, agreement = torch.full((len(x.sampled),), -1), torch.full((len(x.sampled),), math.nan)
+    for first, value in x.chunks:
+        anchor[first : first + CHUNK_TOKENS], agreement[first : first + CHUNK_TOKENS] = first, value
     return TokenBatch(
         sampled_ids=x.sampled,
         behaviour_logprobs=x.behaviour,
@@ -129,6 +154,10 @@ def make_batch(plan: Plan, x: Problem) -> TokenBatch:
         marked=x.marked,
         old_logprobs=x.old,
         rewards=x.paid,
+        audit_anchor=anchor,
+        agreement=agreement,
+        groups=groups,
+        guided=guided,
         view_factors=dict(zip(plan.weight_fields, x.factors, strict=False)),
     )
 

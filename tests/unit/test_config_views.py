@@ -202,6 +202,34 @@ def test_guided_sampling_goes_with_a_correction(correction: str) -> None:
     assert not config.plan().behaviour_comparable, "the sampler's log-probabilities are of another prompt"
 
 
+PREFERENCE = """
+preference = { scale = 0.1 }
+normalisation = "sequence_mean"
+[objective.views.taught]
+weights = "live"
+context = { user = "{prompt} {solution}" }
+"""
+GUIDE = 'context = { user = "{prompt} {solution}" }'
+
+
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        ("", "guided_samples: 0 of samples_per_prompt = 2 responses"),
+        (GUIDE, "guided_samples: 2 of samples_per_prompt = 2 responses"),
+        (
+            f'guided_samples = 1\n{GUIDE}\nsampler = "m"\nstudent_fraction = 0.5',
+            'sampler: got "m" with objective.preference',
+        ),
+    ],
+    ids=["none", "all", "another sampler"],
+)
+def test_preference_needs_responses_of_both_kinds(sampling: str, message: str) -> None:
+    assert parse(PREFERENCE, sampling=f"guided_samples = 1\n{GUIDE}").plan().preference
+    with pytest.raises(RunFileError, match=message):
+        parse(PREFERENCE, sampling=sampling)
+
+
 def test_run_that_reads_other_fields_is_another_run(tmp_path: Path) -> None:
     """What is queued was built with the old templates; a resumption with others must not train on it."""
     from student_trainer.resume import fixed_settings

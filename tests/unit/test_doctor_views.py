@@ -100,6 +100,23 @@ def test_guiding_context_is_looked_at_too(tmp_path: Path) -> None:
     assert "sampling.context: row 1 of" in message
 
 
+@pytest.mark.parametrize(("sampled_under", "warned"), [("{prompt} {solution}", False), ("{solution}", True)])
+def test_preference_whose_view_is_not_what_sampled_warns(
+    tmp_path: Path, sampled_under: str, warned: bool
+) -> None:
+    found = findings(
+        tmp_path,
+        {"weights": "live", "context": {"user": "{prompt} {solution}"}},
+        objective={"preference": {}, "normalisation": "sequence_mean"},
+        context={"user": sampled_under},
+        guided_samples=1,
+    )
+    said = [message for level, subject, message in found if (level, subject) == ("warn", "view v")]
+    assert [message.startswith("its context is not the text of [sampling] context") for message in said] == [
+        True
+    ] * warned
+
+
 def test_without_the_students_tokenizer_nothing_is_claimed(tmp_path: Path) -> None:
     ((level, _, message),) = findings(tmp_path, {"context": {"user": "{solution}"}}, student=None)
     assert level == "unknown"

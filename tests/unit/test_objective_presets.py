@@ -100,6 +100,8 @@ ASKED = {
     "kepo": {"teacher": "teacher: top_k 64"},
     "pi-play": {"path": "run.ema, told path: candidates 64"},
     "edge-opd": {"private": "run.live, told context: sampled"},
+    "omniopd": {"reference": "run.initial: top_k 64"},
+    "pbsd": {"solution": "run.live, told solution: sampled"},
 }
 
 
@@ -133,7 +135,7 @@ def test_cepo_leaves_a_response_without_a_failed_sibling_its_plain_advantage() -
     assert "failure" in contexts["wrong"][0].fields
 
 
-@pytest.mark.parametrize("name", ["g-opd", "exopd", "lightning", "sdpo"])
+@pytest.mark.parametrize("name", ["g-opd", "exopd", "lightning", "sdpo", "omniopd"])
 def test_the_student_as_a_step_of_one_update_starts_is_the_one_that_is_updated(name: str) -> None:
     plan, x = plan_of(name), random_problem()
     assert plan.uses_old

@@ -16,6 +16,7 @@ from student_trainer.config import load_run_config, parse_run_config
 RECIPES = Path(__file__).parents[2] / "recipes"
 FIELDS = {
     "self-distillation": {"question": "What is 1 + 1?", "answer": "One and one. #### 2"},
+    "preference": {"question": "What is 1 + 1?", "answer": "One and one. #### 2"},
     "feedback-sdpo": {"question": "What is 1 + 1?", "answer": "One and one. #### 2"},
     "two-teachers": {"question": "What is 1 + 1?", "domain": "math"},
     "context-distillation": {"prompt": "I have a cold."},
@@ -45,6 +46,16 @@ def test_the_solution_is_for_the_view_alone(tmp_path: Path) -> None:
     (view,) = seen.views
     assert (view.teacher, view.weights) == ("self-distillation.initial", "the student before training")
     assert "One and one." in view.seen[0].context.prompt.text
+    assert "One and one." not in seen.prompt.text
+
+
+def test_the_preferred_are_sampled_under_what_the_view_sees_word_for_word(tmp_path: Path) -> None:
+    seen = shown("preference", tmp_path, "It is 2.")
+    (view,) = seen.views
+    assert (view.weights, seen.guided) == ("the student as it is trained", 2)
+    assert seen.guide is not None
+    assert seen.guide.ids.tolist() == view.seen[0].context.prompt.ids.tolist()
+    assert "One and one." in seen.guide.text
     assert "One and one." not in seen.prompt.text
 
 

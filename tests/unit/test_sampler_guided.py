@@ -82,7 +82,7 @@ def test_the_first_samples_are_guided_and_every_one_has_the_numbers_it_always_ha
 @pytest.mark.parametrize(
     ("sampling", "message"),
     [
-        ("guided_samples = 2", "sampling.guided_samples: got 2 without a context"),
+        ("guided_samples = 2", "guided_samples: got 2 without a context"),
         (CONTEXT + "guided_samples = 4", "got 4, allowed: at most samples_per_prompt = 3"),
         (CONTEXT + "guided_samples = 0", "guided_samples"),
     ],
