@@ -274,8 +274,24 @@ def _tokens(part: Sequence[Member], plan: Plan, mask: Tensor, lengths: Tensor, w
         marked=_marked(part, lengths) if plan.tokens.marked_only else None,
         auxiliary_index=_auxiliary_index(part, lengths) if plan.auxiliary is not None else None,
         rewards=rewards.repeat_interleave(lengths) if plan.carries_rewards else None,
+        **(_audit(part, plan.audit.chunk_tokens) if plan.audit is not None else {}),
         **(_pairing(part) if plan.preference is not None else {}),
     )
+
+
+def _audit(part: Sequence[Member], chunk_tokens: int) -> dict[str, Tensor]:
+    """Of every position, [T]: where its audited chunk begins, and the writer's agreement with it."""
+    total = sum(member.rollout.length for member in part)
+    anchor, agreement = np.full(total, -1, dtype=np.int64), np.full(total, np.nan, dtype=np.float32)
+    begin = 0
+    for member in part:
+        anchors, found = member.rollout.anchors, member.rollout.agreement
+        assert anchors is not None  # verified
+        for number, start in enumerate(begin + anchors):
+            anchor[start : start + chunk_tokens] = start
+            agreement[start : start + chunk_tokens] = np.nan if found is None else found[number]
+        begin += member.rollout.length
+    return {"audit_anchor": torch.from_numpy(anchor), "agreement": torch.from_numpy(agreement)}
 
 
 def _marked(part: Sequence[Member], lengths: Tensor) -> Tensor:
