@@ -1,6 +1,8 @@
 """vLLM engines that are short of memory, score in vLLM's own way, break, or are closed."""
 
 import asyncio
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +125,48 @@ async def test_a_replica_whose_steps_always_fail_exits_1(tmp_path: Path) -> None
         assert await asyncio.to_thread(teacher.process.wait, 20) == EXIT_FAILED
     finally:
         teacher.kill()
+
+
+def pruned(served: Path, other: Path) -> None:
+    shutil.rmtree(served)
+
+
+def replaced(served: Path, other: Path) -> None:
+    shutil.rmtree(served)
+    shutil.copytree(other, served)
+
+
+@pytest.mark.parametrize("lose", [pruned, replaced])
+async def test_an_engine_that_cannot_have_its_weights_back_ends_and_answers_nothing_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lose: Callable[[Path, Path], None]
+) -> None:
+    """New weights break off in the middle; meanwhile those that were served have left their place."""
+    from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+
+    start, served, new, other = (
+        save_tiny_model(tmp_path / str(seed), seed=seed, shape=SERVABLE) for seed in range(4)
+    )
+    whole = Qwen3ForCausalLM.load_weights
+
+    def half(model: Any, weights: Any) -> Any:
+        monkeypatch.setattr(Qwen3ForCausalLM, "load_weights", whole)
+        tensors = list(weights)
+        whole(model, iter(tensors[: len(tensors) // 2]))
+        lose(served, other)
+        raise OSError("the second half is gone")
+
+    async with run_vllm(start) as engine:
+        await engine.load_weights(served, 1)
+        monkeypatch.setattr(Qwen3ForCausalLM, "load_weights", half)
+        loading = asyncio.create_task(engine.load_weights(new, 2))
+        await asyncio.sleep(0)
+        late = asyncio.create_task(engine.score(random_request(0, shape=[(3, [2])])))  # of one step
+        lost = f"INTERNAL: .* the second half is gone; {served}, which was served, cannot be loaded again"
+        with pytest.raises(TutelageError, match=lost):
+            await asyncio.wait_for(loading, 30)
+        with pytest.raises(TutelageError, match="UNAVAILABLE: engine: closed"):
+            await asyncio.wait_for(late, 30)
+        await asyncio.wait_for(engine.ended(), 10)
 
 
 async def test_a_model_that_vllm_cannot_serve_fails_the_start(tmp_path: Path) -> None:

@@ -74,7 +74,8 @@ class VllmEngine:
         self._thread: threading.Thread | None = None
         self._ended: Answer[None] | None = None
         self._engine: StepEngine | None = None
-        self._directory: Path | None = None
+        self._directory: Path | None = None  # of what is served
+        self._content: str | None = None  # its hash; None for a hub model, whose files nobody replaces
         self._description: ModelDescription | None = None
         self._identities: dict[str, Identity] = {}
 
@@ -180,6 +181,7 @@ class VllmEngine:
         )
         facts, files = engine.facts, model_files(self._model, self._revision)
         self._engine, self._directory = engine, files.directory
+        self._content = files.revision if Path(self._model).is_dir() else None
         self._description = describe(files.directory)
         self._limits = scoring.limits(self._limits, facts)
         base = Identity(
@@ -216,10 +218,13 @@ class VllmEngine:
             if self._settings.tensor_parallel_size > 1:  # ranks may have answered differently
                 self._line.close()
                 raise
-            self._restore(self._directory)
-            message = f"weights: vLLM could not load {path}: {type(error).__name__}: {error}"
-            raise TutelageError("FAILED_PRECONDITION", message) from error
-        self._directory = path
+            failed = TutelageError(
+                "FAILED_PRECONDITION",
+                f"weights: vLLM could not load {path}: {type(error).__name__}: {error}",
+            )
+            self._restore(failed)
+            raise failed from error
+        self._directory, self._content = path, revision
         self._identities = {
             self._name: replace(
                 self.identity, revision=revision, weights_version=weights_version, weights_id=weights_id
@@ -227,14 +232,23 @@ class VllmEngine:
         }
         log.info("weights_loaded", weights_version=weights_version, revision=revision)
 
-    def _restore(self, directory: Path) -> None:
-        """Load the weights that were served; without them the engine must not answer again."""
-        assert self._engine is not None
+    def _restore(self, failed: TutelageError) -> None:
+        """Load once more what was served before new weights `failed`; without it nothing may be answered.
+
+        Raises:
+            TutelageError: INTERNAL, after which the engine ends, when it cannot be had back as it was.
+        """
+        assert self._engine is not None and self._directory is not None  # noqa: PT018
         try:
-            self._engine.load_weights(directory)
-        except Exception:
+            self._engine.load_weights(self._directory)
+            # Hashed after it was read: what took its place before or meanwhile was read, too.
+            if self._content is not None and (found := directory_revision(self._directory)) != self._content:
+                raise ValueError(f"its content is {found[:12]} now, {self._content[:12]} was served")
+        except Exception as error:
             self._line.close()
-            raise
+            lost = f"{self._directory}, which was served, cannot be loaded again: {error}"
+            log.exception("weights_lost", error=lost)
+            raise TutelageError("INTERNAL", f"{failed.message}; {lost}; this engine ends") from error
 
 
 def _identities(base: Identity, names: tuple[str, ...], adapters: tuple[Adapter, ...]) -> dict[str, Identity]:

@@ -210,7 +210,7 @@ class EngineThread:
         """Hand everything that waits to vLLM, which queues it; controls and second chances go in between."""
         while True:
             with self._changed:
-                if self._controls and self._jobs:
+                if self._closed or (self._controls and self._jobs):  # a control may have closed it
                     return
                 control = self._controls.popleft() if self._controls else None
                 job = None
