@@ -39,7 +39,7 @@ class Sampled:
 
     index: int
     example: Example
-    texts: tuple[str, ...] = ()  # n, special tokens removed
+    texts: tuple[str, ...] = ()  # n, sampled special tokens removed
     answers: tuple[str, ...] = ()  # n, and without thinking
     rewards: tuple[float | None, ...] = ()  # n
 
@@ -192,9 +192,12 @@ class ContextBuilder:
         if said is not None or place is None:
             return said
         if name in SIBLINGS:
-            return self._sibling(group, place, succeeded=name == "success")
-        text = group.texts[place]
-        return text if name == "response" else self._prompts.feedback(group.example, text)
+            text = self._sibling(group, place, succeeded=name == "success")
+        elif name == "response":
+            text = group.texts[place]
+        else:
+            text = self._prompts.feedback(group.example, group.texts[place])
+        return None if text is None else self._encoder.special.without(text)
 
     def _sibling(self, group: Sampled, place: int, *, succeeded: bool) -> str | None:
         """A sibling's successful or failed response without its thinking, never that of `place` itself."""
@@ -222,8 +225,10 @@ class ContextBuilder:
     def _reworded(
         self, where: str, template: ContextTemplate, example: Example, values: Mapping[str, str]
     ) -> Example:
+        given = {"feedback"} if _text(example.fields.get("feedback")) is not None else set()
         user, system = (
-            None if text is None else text.format_map(values) for text in (template.user, template.system)
+            None if text is None else self._encoder.special.fill(text, values, ROLLOUT_FIELDS - given)
+            for text in (template.user, template.system)
         )
         try:
             return self._encoder.reworded(example, user=user, system=system)

@@ -11,6 +11,7 @@ from tutelage_client.errors import invalid
 from tutelage_client.types import Int32Array
 
 from student_trainer.sampler.settings import DataSettings
+from student_trainer.sampler.special_tokens import SpecialTokens
 from student_trainer.tasks import Example
 
 
@@ -30,6 +31,7 @@ class PromptEncoder:
     """
 
     def __init__(self, tokenizer: Any, settings: DataSettings) -> None:
+        self.special = SpecialTokens(tokenizer)
         self._tokenizer = tokenizer
         self._settings = settings
         self._has_template = getattr(tokenizer, "chat_template", None) is not None
