@@ -62,6 +62,16 @@ def teacher(
             show_default=False,
         ),
     ] = None,
+    writer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TOKENIZER",
+            help="The model writes on from places in responses, says how far its text agrees with theirs, "
+            "and answers no log-probability. Callers' ids are of this tokenizer, as with --judge. More with "
+            "--set writer.KEY=VALUE.",
+            show_default=False,
+        ),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     max_batch_tokens: Annotated[
@@ -182,6 +192,7 @@ def teacher(
             "revision": revision,
             "adapters": _adapters(adapter or [], name),
             "judge": None if judge is None else {"tokenizer": judge},
+            "writer": None if writer is None else {"tokenizer": writer},
             "dtype": dtype,
             "device": device,
             "max_batch_tokens": max_batch_tokens,

@@ -80,7 +80,7 @@ def examine(config: RunConfig, *, download: bool, token: str | None) -> Iterator
             yield from _ask(name, entry.address, token, models.student, limits)
         else:
             limits[name] = cached_limits(config, name, _limits(entry, models.teachers.get(name)))
-            if models.student is not None and name in models.teachers and entry.judge is None:
+            if models.student is not None and name in models.teachers and _scores_tokens(entry):
                 yield from check_match(models.student, name, models.teachers[name])
     yield from check_adapters(config)
     yield from check_scores(config, models.student)
@@ -136,9 +136,19 @@ class _Models:
 def _limits(entry: TeacherEntry, facts: ModelFacts | None) -> Limits:
     """Of a teacher that `tutelage up` starts; hidden states are answered by one engine alone."""
     layers = 0
-    if entry.engine == "transformers" and entry.judge is None:
+    if entry.engine == "transformers" and _scores_tokens(entry):
         layers = UNKNOWN_LAYERS if facts is None else facts.layers
-    return replace(_default_limits(), judge=entry.judge is not None, hidden_layers=layers)
+    return replace(
+        _default_limits(),
+        judge=entry.judge is not None,
+        max_continuations=0 if entry.writer is None else entry.writer.max_continuations,
+        hidden_layers=layers,
+    )
+
+
+def _scores_tokens(entry: TeacherEntry) -> bool:
+    """Whether it answers log-probabilities of the student's tokens, and has to have its tokenizer."""
+    return entry.judge is None and entry.writer is None
 
 
 def _default_limits() -> Limits:

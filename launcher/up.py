@@ -25,7 +25,7 @@ from services.logs import log_to_stderr
 
 if TYPE_CHECKING:
     from launcher.progress import View
-    from services.models.judge_settings import JudgeSettings
+    from services.models.text_settings import TextTeacherSettings
     from services.queue.embedded import EmbeddedServer
     from student_trainer.config import RunConfig
 
@@ -142,8 +142,9 @@ def _replica(config: RunConfig, replicas: ReplicaSet, index: int, queue: Mapping
         arguments += ["--adapter", f"{teacher}={directory}"]
     if config.run.deterministic:
         arguments.append("--deterministic")
-    if entry.judge is not None:
-        arguments += _judge(entry.judge, config.student.model)
+    for kind, settings in (("judge", entry.judge), ("writer", entry.writer)):
+        if settings is not None:
+            arguments += _of_words(kind, settings, config.student.model)
     arguments += spell_settings(entry.vllm)
     # Said here or nowhere: what this command's own environment names is not meant for every teacher.
     environment = {**queue, CACHE_VARIABLE: entry.cache or ""}
@@ -155,11 +156,11 @@ def _replica(config: RunConfig, replicas: ReplicaSet, index: int, queue: Mapping
     return ChildSpec(replica, "teacher", tuple(arguments), environment=environment)
 
 
-def _judge(judge: JudgeSettings, student: str) -> list[str]:
-    """Its settings as words; the ids it is sent are the student's unless they say otherwise."""
-    own = judge.model_dump(exclude={"tokenizer"}, exclude_defaults=True)
-    words = [word for key, value in own.items() for word in ("--set", f"judge.{key}={value}")]
-    return ["--judge", judge.tokenizer or student, *words]
+def _of_words(kind: str, settings: TextTeacherSettings, student: str) -> list[str]:
+    """A judge's or a writer's settings; the ids it is sent are the student's unless they say otherwise."""
+    own = settings.model_dump(exclude={"tokenizer"}, exclude_defaults=True)
+    words = [word for key, value in own.items() for word in ("--set", f"{kind}.{key}={value}")]
+    return [f"--{kind}", settings.tokenizer or student, *words]
 
 
 def _embedded(config: RunConfig) -> EmbeddedServer | None:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from services.access import LOOPBACK, TokenCheck, TokenSettings, check_exposure
 from services.models.judge_settings import JudgeSettings
 from services.models.vllm_settings import MAX_BATCH_TOKENS, VllmSettings, check_engine
+from services.models.writer_settings import WriterSettings
 from services.queue_address import FORM, is_queue_address
 from student_trainer.config_errors import RunFileError, describe_errors
 from student_trainer.objective.functions import anchored
@@ -99,6 +100,10 @@ class TeacherEntry(_Section):
     judge: JudgeSettings | None = Field(
         None, description="[teachers.NAME.judge]: it judges responses in words, for [objective] judge"
     )
+    writer: WriterSettings | None = Field(
+        None,
+        description="[teachers.NAME.writer]: it writes on from places in responses, for [objective.audit]",
+    )
     engine: Literal["transformers", "vllm", "fake"] = Field(
         "transformers", description="what computes the scores"
     )
@@ -125,7 +130,7 @@ class TeacherEntry(_Section):
     @model_validator(mode="after")
     def _has_a_model(self) -> Self:
         if self.scores is not None:
-            others = {"model", "revision", "adapter", "address", "engine", "cache", "judge"}
+            others = {"model", "revision", "adapter", "address", "engine", "cache", "judge", "writer"}
             for key in others & self.model_fields_set:
                 raise ValueError(f"{key}: set beside scores; a file is all that such a teacher has")
         elif self.model is None and self.engine != "fake" and self.address is None:
@@ -140,8 +145,11 @@ class TeacherEntry(_Section):
         check_engine(self)
         if self.adapter is not None and self.engine == "fake":
             raise ValueError(f"adapter: got {str(self.adapter)!r}, the engine 'fake' has no model to change")
-        if self.judge is not None and (self.engine == "fake" or self.model is None):
-            raise ValueError("judge: got one, but no model that could say anything")
+        if self.judge is not None and self.writer is not None:
+            raise ValueError("writer: got one beside judge; a teacher is one of them")
+        for kind, given in (("judge", self.judge), ("writer", self.writer)):
+            if given is not None and (self.engine == "fake" or self.model is None):
+                raise ValueError(f"{kind}: got one, but no model that could say anything")
         return self
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from services.models.uniforms import uniforms
 class Row:
     """One response to sample. (group, sample) names its random numbers.
 
-    Training groups count up from 0. Evaluation prompts count down from −1, so that they never
+    Of a rollout, training groups count up from 0. Evaluation prompts count down from −1, so that they never
     share numbers with a training group.
     """
 
@@ -59,9 +59,18 @@ class TransformersGenerator:
         model: the model, as services.models.load makes it.
         end_ids: tokens that end a response.
         batch_size: rows generated at once.
+        batch_tokens: positions of the cache, padding included, of rows generated at once; a longer row
+            still gets its own batch. None: `batch_size` alone decides.
     """
 
-    def __init__(self, model: Any, *, end_ids: Sequence[int], batch_size: int = 128) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        end_ids: Sequence[int],
+        batch_size: int = 128,
+        batch_tokens: int | None = None,
+    ) -> None:
         if not end_ids:
             raise invalid("end_ids: got none; the tokenizer or the generation config must name an end token")
         accepted = inspect.signature(model.forward).parameters
@@ -72,24 +81,33 @@ class TransformersGenerator:
         self._takes_positions = "position_ids" in accepted
         self._device = next(model.parameters()).device
         self._end_ids = torch.tensor(sorted(set(end_ids)), device=self._device)
-        self._batch_size = batch_size
+        self._batch_size, self._batch_tokens = batch_size, batch_tokens
         self._interrupted = threading.Event()
         self._max_positions = getattr(model.config, "max_position_embeddings", None)
 
     def generate(
-        self, rows: Sequence[Row], *, seed: int, temperature: float, max_new_tokens: int, candidates: int = 0
+        self,
+        rows: Sequence[Row],
+        *,
+        seed: int,
+        temperature: float,
+        max_new_tokens: int | Sequence[int],
+        candidates: int = 0,
     ) -> list[Response]:
-        for row in rows:
-            self._check_length(row, max_new_tokens)
-        # Rows of similar prompt length share a batch: less padding. Numbers do not depend on it.
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt_ids))
+        """As Generator.generate; `max_new_tokens` may be one for each row."""
+        most = [max_new_tokens] * len(rows) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+        for row, count in zip(rows, most, strict=True):
+            self._check_length(row, count)
         responses: dict[int, Response] = {}
-        for start in range(0, len(order), self._batch_size):
-            indices = order[start : start + self._batch_size]
+        for indices in self._batches(rows, most):
             batch = [rows[i] for i in indices]
-            draws = np.stack([uniforms(seed, row.group, row.sample, max_new_tokens) for row in batch])
+            counts = torch.tensor([most[i] for i in indices], device=self._device)
+            longest = int(counts.max())
+            draws = np.stack([uniforms(seed, row.group, row.sample, longest) for row in batch])
             with torch.inference_mode():
-                steps = self._run(batch, torch.from_numpy(draws).to(self._device), temperature, candidates)
+                steps = self._run(
+                    batch, torch.from_numpy(draws).to(self._device), counts, temperature, candidates
+                )
             responses.update(zip(indices, _split(steps, len(batch)), strict=True))
         return [responses[i] for i in range(len(rows))]
 
@@ -102,6 +120,21 @@ class TransformersGenerator:
     def close(self) -> None:
         """Nothing to do: the model goes with its last reference."""
 
+    def _batches(self, rows: Sequence[Row], most: Sequence[int]) -> Iterator[list[int]]:
+        """Indices of rows by prompt length, so that there is little padding. Numbers do not depend on it."""
+        batch: list[int] = []
+        longest = 0
+        for index in sorted(range(len(rows)), key=lambda i: len(rows[i].prompt_ids)):
+            width = max(longest, most[index]) + len(rows[index].prompt_ids)
+            full = self._batch_tokens is not None and (len(batch) + 1) * width > self._batch_tokens
+            if batch and (full or len(batch) == self._batch_size):
+                yield batch
+                batch, longest = [], 0
+            batch.append(index)
+            longest = max(longest, most[index])
+        if batch:
+            yield batch
+
     def _check_length(self, row: Row, max_new_tokens: int) -> None:
         prompt, limit = len(row.prompt_ids), self._max_positions
         if prompt < 1:
@@ -112,8 +145,10 @@ class TransformersGenerator:
                 f"the model's {limit} positions; lower it, or set data.max_prompt_tokens"
             )
 
-    def _run(self, batch: list[Row], draws: Tensor, temperature: float, candidates: int) -> list[_Step]:
-        """Steps until every row ended or `draws` [B, max_new_tokens] is used up."""
+    def _run(
+        self, batch: list[Row], draws: Tensor, counts: Tensor, temperature: float, candidates: int
+    ) -> list[_Step]:
+        """Steps until every row ended or has its count [B] of tokens; `draws` is [B, largest count]."""
         state, logits = self._prefill(batch, draws.shape[1])
         alive = torch.arange(len(batch), device=self._device)
         steps: list[_Step] = []
@@ -126,8 +161,9 @@ class TransformersGenerator:
             if step + 1 == draws.shape[1]:
                 break
             next_ids = choice.ids
-            if bool(ended.any()):
-                kept = (~ended).nonzero()[:, 0]
+            stopped = ended | (counts[alive] == step + 1)
+            if bool(stopped.any()):
+                kept = (~stopped).nonzero()[:, 0]
                 if not len(kept):
                     break
                 alive, next_ids = alive[kept], next_ids[kept]

@@ -9,7 +9,9 @@ from __future__ import annotations
 import re
 from string import Formatter
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from services.models.text_settings import TextTeacherSettings, check_fields, checked_template
 
 USER = """Question:
 {prompt}
@@ -22,19 +24,9 @@ Score: N
 where N is a whole number from 0 (worst) to {largest} (best)."""
 
 
-class JudgeSettings(BaseModel):
+class JudgeSettings(TextTeacherSettings):
     """How a judge is asked, and how its reply is read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    tokenizer: str | None = Field(
-        default=None,
-        description="directory or hub id of the tokenizer whose ids callers send; default: the student's "
-        "in a run file, else the judge's own",
-    )
-    system: str | None = Field(
-        default=None, description="system message, where the judge has a chat template"
-    )
     user: str = Field(
         default=USER,
         description="what the judge is asked, with {prompt} and {response}, and {largest} where it is of use",
@@ -51,26 +43,12 @@ class JudgeSettings(BaseModel):
     @field_validator("user", "reply")
     @classmethod
     def _is_a_template(cls, text: str) -> str:
-        try:
-            list(Formatter().parse(text))
-        except ValueError as error:
-            raise ValueError(
-                f"got a template that cannot be read: {error}; a brace is written twice"
-            ) from error
-        return text
+        return checked_template(text)
 
     @model_validator(mode="after")
     def _names_its_fields(self) -> JudgeSettings:
-        for key, needed, allowed in (
-            ("user", {"response"}, {"prompt", "response", "largest"}),
-            ("reply", {"score"}, {"score"}),
-        ):
-            found = {name for _, name, _, _ in Formatter().parse(getattr(self, key)) if name is not None}
-            if not needed <= found <= allowed:
-                raise ValueError(
-                    f"{key}: got the fields {sorted(found)}, must name {sorted(needed)}, "
-                    f"may name {sorted(allowed)}"
-                )
+        check_fields("user", self.user, {"response"}, {"prompt", "response", "largest"})
+        check_fields("reply", self.reply, {"score"}, {"score"})
         spelled = [part[1:] for part in Formatter().parse(self.reply) if part[1] is not None]
         if spelled != [("score", "", None)] or self.reply.count("{score}") != 1:
             raise ValueError(f"reply: got {self.reply!r}, must have {{score}} once and as it is")

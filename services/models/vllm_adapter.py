@@ -98,6 +98,8 @@ class StepEngine:
         head_dtype: type of the logits, "float32" or "model".
         make_model: from a model's class to the class that scores; needed to score.
         adapters: that requests may name; each is loaded now, and has to be applied whole.
+        seeded: requests bring seeds of their own. On a CPU vLLM fails at one whose prompt it has cut (it
+            takes a draw back, as only a GPU's generator can), so that no prompt is cut there.
 
     Raises:
         TutelageError: what the caller can mend, naming the setting.
@@ -114,6 +116,7 @@ class StepEngine:
         head_dtype: str = "float32",
         make_model: MakeModel | None = None,
         adapters: Sequence[Adapter] = (),
+        seeded: bool = False,
     ) -> None:
         version = import_vllm()
         arguments = {
@@ -122,7 +125,7 @@ class StepEngine:
             "tokenizer_revision": revision,
             "dtype": _dtype_to_load(model, revision) if dtype == "auto" else dtype,
             **_purpose_arguments(purpose),
-            **_platform_defaults(settings),
+            **_platform_defaults(settings, seeded=seeded),
             **_given_arguments(settings, {"head_dtype": head_dtype}),
             **lora_arguments(adapters, settings.given(), on_cpu=_on_cpu()),
         }
@@ -309,13 +312,15 @@ def _given_arguments(settings: VllmSettings, hf_overrides: dict[str, Any]) -> di
     return {**given, "hf_overrides": hf_overrides | given.get("hf_overrides", {})}
 
 
-def _platform_defaults(settings: VllmSettings) -> dict[str, Any]:
+def _platform_defaults(settings: VllmSettings, *, seeded: bool) -> dict[str, Any]:
     """On a CPU: no compiler, a bounded cache instead of most of the memory, small blocks to share."""
     if not _on_cpu():
         return {}
     defaults: dict[str, Any] = {"block_size": 32, "enforce_eager": True}
     if settings.kv_cache_memory_bytes is None and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
         defaults["kv_cache_memory_bytes"] = CPU_KV_CACHE_BYTES
+    if seeded:
+        defaults["enable_chunked_prefill"] = False
     return defaults
 
 

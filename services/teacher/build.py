@@ -78,6 +78,7 @@ def _engine(settings: TeacherSettings, limits: Limits) -> Engine:
             limits=limits,
             adapters=settings.adapters,
             judge=settings.judge,
+            writer=settings.writer,
         )
     from services.teacher.engines.transformers import TransformersEngine
 
@@ -94,4 +95,5 @@ def _engine(settings: TeacherSettings, limits: Limits) -> Engine:
         limits=limits,
         adapter=settings.adapters.get(settings.name),
         judge=settings.judge,
+        writer=settings.writer,
     )

@@ -13,6 +13,7 @@ from tutelage_client.types import Limits
 from services.api.settings import ServiceSettings
 from services.models.judge_settings import JudgeSettings
 from services.models.vllm_settings import MAX_BATCH_TOKENS, VllmSettings, check_engine
+from services.models.writer_settings import WriterSettings
 from services.queue_address import QueueAddress
 from services.teacher.cache.settings import CacheSettings
 from services.teacher.engines.fake import FakeSettings
@@ -60,6 +61,11 @@ class TeacherSettings(BaseModel):
     judge: JudgeSettings | None = Field(
         default=None,
         description="the model says in words how good a response is, and answers no log-probability",
+    )
+    writer: WriterSettings | None = Field(
+        default=None,
+        description="the model writes on from places in a response, what it writes is compared with the "
+        "response's own text, and it answers no log-probability",
     )
     follow: Path | None = Field(
         default=None,
@@ -139,16 +145,20 @@ class TeacherSettings(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _a_judge_has_a_model_of_its_own(self) -> TeacherSettings:
-        if self.judge is not None:
+    def _who_writes_has_a_model_of_its_own(self) -> TeacherSettings:
+        if self.judge is not None and self.writer is not None:
+            raise ValueError("writer: got one beside judge; a teacher is one of them")
+        for kind, given in (("judge", self.judge), ("writer", self.writer)):
+            if given is None:
+                continue
             if self.engine not in ("transformers", "vllm"):
-                raise ValueError(f"judge: got one, the engine {self.engine!r} generates nothing")
+                raise ValueError(f"{kind}: got one, the engine {self.engine!r} generates nothing")
             for key in ("follow", "cache"):
                 if value := getattr(self, key, None):
-                    raise ValueError(f"{key}: got {value!r} with judge, which goes without")
+                    raise ValueError(f"{key}: got {value!r} with {kind}, which goes without")
             if self.vllm.implementation == "stock":
                 raise ValueError(
-                    "vllm.implementation: got 'stock', which is a way to score; a judge generates"
+                    f"vllm.implementation: got 'stock', which is a way to score; a {kind} generates"
                 )
         return self
 

@@ -60,7 +60,8 @@ def ask(engine: StepEngine, context: int, response: int, seed: int = 0, name: st
     random = np.random.default_rng(seed)
     sequence = Sequence("0", 0, random_ids(random, context + response)[context:])
     prompt = random_ids(np.random.default_rng(seed), context + response)[:context]
-    engine.add(name, *Pooled().question(prompt, sequence, Signal(), read_cache=True))
+    question = Pooled().questions(prompt, sequence, Signal(), read_cache=True)[0]
+    engine.add(name, question.prompt, question.params)
     outputs = []
     while engine.has_work:
         outputs += engine.step()
@@ -86,8 +87,8 @@ def test_an_output_has_its_id_its_cached_tokens_and_one_array(engine: StepEngine
 
 def test_an_aborted_request_holds_nothing(engine: StepEngine) -> None:
     sequence = Sequence("0", 0, np.ones(100, dtype=np.int32))
-    question = Pooled().question(np.ones(50, dtype=np.int32), sequence, Signal(), read_cache=True)
-    engine.add("long", *question)
+    question = Pooled().questions(np.ones(50, dtype=np.int32), sequence, Signal(), read_cache=True)[0]
+    engine.add("long", question.prompt, question.params)
     assert not [output for output in engine.step() if output.finished]
     assert engine._core.scheduler.requests
     engine.abort(["long", "never was"])

@@ -11,7 +11,8 @@ from tutelage_client.types import SequenceScore
 from services.models.load import LoadedModel
 from services.teacher.engines.batching import Unit
 from services.teacher.engines.forward import BatchScores, UnitScores
-from services.teacher.judge import Judge, end_tokens
+from services.teacher.judge import Judge
+from services.teacher.text_teacher import end_tokens
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class JudgeScorer:
     """A loaded model that says judgements."""
 
     loaded: LoadedModel
-    judge: Judge
+    teacher: Judge
 
     @torch.inference_mode()
     def score(self, batch: list[Unit]) -> BatchScores:
@@ -32,7 +33,7 @@ class JudgeScorer:
         asked: dict[int, list[int]] = {}
         scores: dict[int, SequenceScore] = {}
         for index, sequence in sequences.items():
-            ids = self.judge.prompt_ids(request.contexts[unit.context], sequence)
+            ids = self.teacher.prompt_ids(request.contexts[unit.context], sequence)
             if isinstance(ids, SequenceScore):
                 scores[index] = ids
             else:
@@ -42,7 +43,7 @@ class JudgeScorer:
         for index, reply in self._replies(asked, ends).items():
             place = next((place for place, token in enumerate(reply) if token in ends), None)
             computed += len(asked[index]) + (len(reply) if place is None else place + 1)
-            scores[index] = self.judge.judgement(sequences[index], reply[:place], ended=place is not None)
+            scores[index] = self.teacher.judgement(sequences[index], reply[:place], ended=place is not None)
         return UnitScores(scores, computed, 0, positions=0, invalid_positions=0)
 
     def _replies(self, asked: dict[int, list[int]], ends: list[int]) -> dict[int, list[int]]:
@@ -58,7 +59,7 @@ class JudgeScorer:
             mask[row, longest - len(prompt) :] = 1
         greedy = GenerationConfig(
             do_sample=False,
-            max_new_tokens=self.judge.settings.max_new_tokens,
+            max_new_tokens=self.teacher.settings.max_new_tokens,
             eos_token_id=ends,
             pad_token_id=ends[0],
         )

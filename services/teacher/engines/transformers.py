@@ -26,11 +26,14 @@ from services.models.adapters import read_adapter
 from services.models.fingerprint import tokenizer_fingerprint
 from services.models.judge_settings import JudgeSettings
 from services.models.load import LoadedModel, load_causal_lm, load_weights
+from services.models.writer_settings import WriterSettings
 from services.teacher.engines.batching import Answer, Control, Job, Unit, WaitingLine
 from services.teacher.engines.forward import BatchScores, PackedScorer
 from services.teacher.engines.judge import JudgeScorer
 from services.teacher.engines.scoring_head import ScoringHead
+from services.teacher.engines.writer import WriterScorer
 from services.teacher.judge import Judge
+from services.teacher.writer import Writer
 
 CLOSE_SECONDS = 1.0
 
@@ -61,6 +64,7 @@ class TransformersEngine:
         threads: torch threads of the compute thread; None leaves torch's default.
         adapter: directory of a LoRA adapter, which is merged into the model.
         judge: says judgements instead of log-probabilities, see `services/teacher/judge.py`.
+        writer: writes continuations instead, see `services/teacher/writer.py`; not beside a judge.
     """
 
     def __init__(
@@ -78,7 +82,9 @@ class TransformersEngine:
         limits: Limits | None = None,
         adapter: Path | None = None,
         judge: JudgeSettings | None = None,
+        writer: WriterSettings | None = None,
     ) -> None:
+        self._text = judge or writer  # of a teacher of words
         self._model_name = str(model)
         self._name = name
         self._load: Callable[..., LoadedModel] = partial(
@@ -87,9 +93,8 @@ class TransformersEngine:
             dtype=dtype,
             device=device,
             revision=revision,
-            attention="packed" if judge is None else "plain",
+            attention="packed" if self._text is None else "plain",
         )
-        self._judge = judge
         self._adapter = adapter
         self._head_dtype = head_dtype
         self._threads = 1 if deterministic else threads
@@ -97,7 +102,7 @@ class TransformersEngine:
         self._line = WaitingLine(max_batch_tokens, alone=deterministic)
         self._thread: threading.Thread | None = None
         self._ended: Answer[None] | None = None
-        self._scorer: PackedScorer | JudgeScorer | None = None
+        self._scorer: PackedScorer | JudgeScorer | WriterScorer | None = None
         self._identity: Identity | None = None
         self.counters = Counters()
 
@@ -212,27 +217,29 @@ class TransformersEngine:
             dtype=_name(loaded.model.dtype),
             head_dtype=_name(self._head_type(loaded)),
         )
-        if isinstance(self._scorer, JudgeScorer):
-            self._limits = self._scorer.judge.limits(self._limits)
-            self._identity = self._scorer.judge.identity(self._identity)
+        if not isinstance(self._scorer, PackedScorer):
+            self._limits = self._scorer.teacher.limits(self._limits)
+            self._identity = self._scorer.teacher.identity(self._identity)
 
-    def _scorer_for(self, loaded: LoadedModel) -> PackedScorer | JudgeScorer:
-        if self._judge is not None:
-            positions = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-            return JudgeScorer(loaded, Judge(self._judge, loaded.tokenizer, positions=positions))
+    def _scorer_for(self, loaded: LoadedModel) -> PackedScorer | JudgeScorer | WriterScorer:
+        positions = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+        if isinstance(self._text, JudgeSettings):
+            return JudgeScorer(loaded, Judge(self._text, loaded.tokenizer, positions=positions))
+        if self._text is not None:
+            return WriterScorer(loaded, Writer(self._text, loaded.tokenizer, positions=positions))
         return PackedScorer(loaded, ScoringHead(loaded.head.cast(self._head_type(loaded))))
 
     def _head_type(self, loaded: LoadedModel) -> torch.dtype:
-        as_saved = self._head_dtype == "model" or self._judge is not None
+        as_saved = self._head_dtype == "model" or self._text is not None
         dtype: torch.dtype = loaded.model.dtype if as_saved else getattr(torch, self._head_dtype)
         return dtype
 
     def _swap(self, path: Path, weights_version: int, weights_id: str) -> None:
         assert self._scorer is not None
-        if self._adapter is not None or self._judge is not None:
+        if self._adapter is not None or self._text is not None:
             raise TutelageError(
                 "FAILED_PRECONDITION",
-                "weights: got others for a model with an adapter or for a judge, which keep their own",
+                "weights: got others for a model with an adapter, a judge or a writer, which keep their own",
             )
         revision = load_weights(self._scorer.loaded.model, path)
         self._scorer = self._scorer_for(self._scorer.loaded)

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import structlog
 from tutelage_client.errors import TutelageError, invalid
@@ -19,12 +20,17 @@ from services.models.load import load_tokenizer, model_files
 from services.models.vllm_adapter import Residue, StepEngine
 from services.models.vllm_settings import VllmSettings
 from services.models.weights import ModelDescription, check_same_model, describe
+from services.models.writer_settings import WriterSettings
 from services.teacher.engines.batching import Answer, Control
+from services.teacher.engines.vllm.generated import Generated
 from services.teacher.engines.vllm.judged import Judged
 from services.teacher.engines.vllm.pooled import Pooled
 from services.teacher.engines.vllm.stock import Stock
 from services.teacher.engines.vllm.thread import Counters, EngineThread, Job
-from services.teacher.judge import Judge, end_tokens
+from services.teacher.engines.vllm.written import Written
+from services.teacher.judge import Judge
+from services.teacher.text_teacher import end_tokens
+from services.teacher.writer import Writer
 
 CLOSE_SECONDS = 5.0
 
@@ -45,6 +51,7 @@ class VllmEngine:
             `name` itself is the model alone, unless an adapter has that name. All share the engine's
             batches; nothing else is shared but the weights.
         judge: says judgements instead of log-probabilities, see `services/teacher/judge.py`.
+        writer: writes continuations instead, see `services/teacher/writer.py`; not beside a judge.
     """
 
     def __init__(
@@ -59,6 +66,7 @@ class VllmEngine:
         limits: Limits | None = None,
         adapters: Mapping[str, Path] | None = None,
         judge: JudgeSettings | None = None,
+        writer: WriterSettings | None = None,
     ) -> None:
         self._model = str(model)
         self._name = name
@@ -67,7 +75,7 @@ class VllmEngine:
         self._head_dtype = head_dtype
         self._settings = settings or VllmSettings()
         self._limits = limits or Limits()
-        self._scoring = self._scoring_for(judge)
+        self._scoring = self._scoring_for(judge, writer)
         self._adapters = dict(adapters or {})
         self._names = tuple(dict.fromkeys([name, *self._adapters]))
         self._line = EngineThread(self._open, self._scoring, self._identity_of, self._adapter_of)
@@ -138,20 +146,28 @@ class VllmEngine:
         await answer.future
         return found[0]
 
-    def _scoring_for(self, judge: JudgeSettings | None) -> Pooled | Stock | Judged:
+    def _scoring_for(
+        self, judge: JudgeSettings | None, writer: WriterSettings | None
+    ) -> Pooled | Stock | Judged | Written:
         if judge is not None:
-            return Judged(lambda positions: self._open_judge(judge, positions))
+            return Judged(lambda positions: Judge(judge, self._tokenizer(), positions=positions), self._ends)
+        if writer is not None:
+            return Written(
+                lambda positions: Writer(writer, self._tokenizer(), positions=positions), self._ends
+            )
         return Stock() if self._settings.implementation == "stock" else Pooled()
 
-    def _open_judge(self, settings: JudgeSettings, positions: int) -> tuple[Judge, list[int]]:
+    def _tokenizer(self) -> Any:
+        return load_tokenizer(self._model, self._revision)
+
+    def _ends(self) -> list[int]:
+        """Tokens that end a reply."""
         from transformers import GenerationConfig
 
-        tokenizer = load_tokenizer(self._model, self._revision)
-        judge = Judge(settings, tokenizer, positions=positions)
         directory = model_files(self._model, self._revision).directory
         named = directory / "generation_config.json"
         generation = GenerationConfig.from_pretrained(directory) if named.is_file() else None
-        return judge, end_tokens(generation, tokenizer)
+        return end_tokens(generation, self._tokenizer())
 
     def _identity_of(self, teacher: str) -> Identity:
         return self._identities[teacher or self._names[0]]
@@ -178,6 +194,7 @@ class VllmEngine:
             head_dtype=self._head_dtype,
             make_model=scoring.make_model,
             adapters=adapters,
+            seeded=isinstance(scoring, Written),
         )
         facts, files = engine.facts, model_files(self._model, self._revision)
         self._engine, self._directory = engine, files.directory
@@ -189,14 +206,14 @@ class VllmEngine:
             model=self._model,
             revision=files.revision,
             weights_version=0,
-            tokenizer_fingerprint=tokenizer_fingerprint(load_tokenizer(self._model, self._revision)),
+            tokenizer_fingerprint=tokenizer_fingerprint(self._tokenizer()),
             vocab_size=facts.vocab_size,
             engine=scoring.name,
             engine_version=" ".join([facts.version, *self._settings.changes_to_numbers()]),
             dtype=facts.dtype,
             head_dtype=facts.head_dtype,
         )
-        if isinstance(scoring, Judged):
+        if isinstance(scoring, Generated):
             base = scoring.opened.identity(base)
         self._identities = _identities(base, self._names, adapters)
         log.info("vllm_started", **asdict(facts))
@@ -205,10 +222,10 @@ class VllmEngine:
     def _swap(self, path: Path, weights_version: int, weights_id: str) -> None:
         assert self._engine is not None and self._directory is not None  # noqa: PT018
         assert self._description is not None
-        if self._adapters or isinstance(self._scoring, Judged):
+        if self._adapters or isinstance(self._scoring, Generated):
             raise TutelageError(
                 "FAILED_PRECONDITION",
-                "weights: got others for a model with adapters or for a judge, which keep their own",
+                "weights: got others for a model with adapters, a judge or a writer, which keep their own",
             )
         check_same_model(self._description, path)
         revision = directory_revision(path)

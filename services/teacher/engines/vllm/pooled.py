@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Members
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from tutelage_client.types import Int32Array, Limits, Sequence, SequenceScore, Signal
@@ -11,6 +11,7 @@ from tutelage_client.types import Int32Array, Limits, Sequence, SequenceScore, S
 from services.models.vllm_adapter import EngineFacts, MakeModel, Purpose, as_array, pooling_params
 from services.teacher.engines.vllm.models import scoring_model
 from services.teacher.engines.vllm.packing import Columns, prompt_ids, row_signal, to_extra, unpack
+from services.teacher.engines.vllm.questions import Answered, Question
 
 
 class Pooled:
@@ -28,16 +29,16 @@ class Pooled:
             max_top_k=min(limits.max_top_k, facts.vocab_size),
         )
 
-    def question(
+    def questions(
         self, context: Int32Array, sequence: Sequence, signal: Signal, *, read_cache: bool
-    ) -> tuple[list[int], Any]:
-        """The prompt and the parameters of the vLLM request that scores a sequence."""
+    ) -> list[Question]:
+        """The vLLM request that scores a sequence."""
         extra = to_extra(context, sequence, row_signal(signal, sequence))
-        return prompt_ids(context, sequence), pooling_params(extra, read_cache=read_cache)
+        return [Question(prompt_ids(context, sequence), pooling_params(extra, read_cache=read_cache))]
 
-    def answer(self, output: Any, sequence: Sequence, signal: Signal) -> SequenceScore | None:
+    def answer(self, answered: Members[Answered], sequence: Sequence, signal: Signal) -> SequenceScore | None:
         """The score in a finished output; None when rows are missing and have to be computed again."""
-        packed = as_array(output)
+        packed = as_array(answered[0].output)
         if packed.shape[0] != len(sequence.response_ids) or np.isnan(packed[:, Columns.VALID]).any():
             return None
         return unpack(packed, sequence, signal)

@@ -7,6 +7,7 @@ knows prompt_logprob_token_ids.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Members
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy.typing as npt
 from tutelage_client.types import PAD_ID, Int32Array, Limits, Sequence, SequenceScore, Signal
 
 from services.models.vllm_adapter import EngineFacts, MakeModel, Purpose
+from services.teacher.engines.vllm.questions import Answered, Question
 
 
 class Stock:
@@ -40,10 +42,10 @@ class Stock:
             temperature=False,
         )
 
-    def question(
+    def questions(
         self, context: Int32Array, sequence: Sequence, signal: Signal, *, read_cache: bool
-    ) -> tuple[list[int], Any]:
-        """The prompt and the parameters of the vLLM request that scores a sequence."""
+    ) -> list[Question]:
+        """The vLLM request that scores a sequence."""
         from vllm import SamplingParams
 
         del read_cache  # vLLM itself leaves the cache aside when prompt_logprobs are asked for
@@ -57,11 +59,12 @@ class Stock:
             if signal.top_k:
                 arguments |= {"prompt_logprobs": signal.top_k, "flat_logprobs": True}
         ids: list[int] = np.concatenate([context, sequence.response_ids]).tolist()
-        return ids, SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, **arguments)
+        params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, **arguments)
+        return [Question(ids, params)]
 
-    def answer(self, output: Any, sequence: Sequence, signal: Signal) -> SequenceScore | None:
+    def answer(self, answered: Members[Answered], sequence: Sequence, signal: Signal) -> SequenceScore | None:
         """The score in a finished output; None when rows are missing and have to be computed again."""
-        rows = len(sequence.response_ids)
+        output, rows = answered[0].output, len(sequence.response_ids)
         sampled, candidates, top_ids, top_logprobs = None, None, None, None
         if self._given_ids:
             given = output.prompt_token_id_logprobs

@@ -1,8 +1,9 @@
 """The thread that owns a vLLM engine: requests in, steps, scores out.
 
-Every sequence of a request is one vLLM request, handed over together with its siblings, so that a
-shared context is computed once. vLLM batches across requests; here is what it leaves to its
-owner: withdrawn work, weights between requests, rows that did not come back, a step that failed.
+Every sequence of a request is one vLLM request (with a writer one for each chunk), handed over together
+with its siblings, so that a shared context is computed once. vLLM batches across requests; here is
+what it leaves to its owner: withdrawn work, weights between requests, rows that did not come back, a
+step that failed.
 """
 
 from __future__ import annotations
@@ -13,14 +14,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import structlog
 from tutelage_client.errors import TutelageError
 from tutelage_client.types import (
     Identity,
-    Int32Array,
     Score,
     ScoreRequest,
     Sequence,
@@ -31,24 +31,15 @@ from tutelage_client.types import (
 
 from services.models.vllm_adapter import StepEngine
 from services.teacher.engines.batching import Answer, Control
+from services.teacher.engines.vllm.questions import Answered, Question, Scoring
 
 IDLE_SECONDS = 0.05
-_PROBE = Sequence("probe", 0, np.zeros(1, dtype=np.int32))  # the smallest question there is
+# The smallest question there is, for every way of scoring.
+_TOKEN = np.zeros(1, dtype=np.int32)
+_PROBE = Sequence("probe", 0, _TOKEN, anchors=_TOKEN)
+_ASKED = Signal(continuations=1, chunk_tokens=1)
 
 log = structlog.get_logger(__name__)
-
-
-class Scoring(Protocol):
-    """How a sequence becomes a vLLM request and a vLLM output a score: Pooled, Stock or Judged.
-
-    A sequence that cannot be asked about is answered at once, with its error.
-    """
-
-    def question(
-        self, context: Int32Array, sequence: Sequence, signal: Signal, *, read_cache: bool
-    ) -> tuple[list[int], Any] | SequenceScore: ...
-
-    def answer(self, output: Any, sequence: Sequence, signal: Signal) -> SequenceScore | None: ...
 
 
 @dataclass(eq=False)
@@ -64,16 +55,18 @@ class Job:
     compute_seconds: float = 0.0
     alone: bool = False  # it was in a step that failed, and gets its second chance by itself
     open: set[str] = field(default_factory=set)
+    waiting: dict[int, dict[int, Answered | None]] = field(default_factory=dict)  # by sequence and question
     scores: dict[int, SequenceScore] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class _Unit:
-    """One sequence inside vLLM."""
+    """One question about a sequence inside vLLM."""
 
     job: Job
     index: int
-    tokens: int
+    number: int
+    question: Question
     read_cache: bool
 
 
@@ -242,19 +235,21 @@ class EngineThread:
     def _add(self, job: Job, index: int, *, read_cache: bool) -> None:
         sequence = job.request.sequences[index]
         context = job.request.contexts[sequence.context]
-        asked = self._scoring.question(context, sequence, job.request.signal, read_cache=read_cache)
+        asked = self._scoring.questions(context, sequence, job.request.signal, read_cache=read_cache)
         if isinstance(asked, SequenceScore):
             self._store(job, index, asked)
             return
-        prompt, params = asked
-        unit_id = str(next(self._ids))
-        try:
-            self._engine.add(unit_id, prompt, params, self._adapter(job.request.teacher))
-        except Exception:
-            self._engine.abort([unit_id])
-            raise
-        self._units[unit_id] = _Unit(job, index, len(prompt), read_cache)
-        job.open.add(unit_id)
+        job.waiting[index] = dict.fromkeys(range(len(asked)))
+        for number, question in enumerate(asked):
+            unit_id = str(next(self._ids))
+            try:
+                adapter = self._adapter(job.request.teacher)
+                self._engine.add(unit_id, question.prompt, question.params, adapter)
+            except Exception:
+                self._engine.abort([unit_id])
+                raise
+            self._units[unit_id] = _Unit(job, index, number, question, read_cache)
+            job.open.add(unit_id)
 
     def _step(self) -> None:
         began = time.perf_counter()
@@ -270,14 +265,14 @@ class EngineThread:
     def _record(self, outputs: list[Any]) -> None:
         """Answer what is whole; compute time is shared among sequences that finish together."""
         finished = [(self._units.pop(output.request_id), output) for output in outputs]
-        tokens = sum(unit.tokens for unit, _ in finished)
+        tokens = sum(len(unit.question.prompt) for unit, _ in finished)
         for unit, output in finished:
             job = unit.job
             job.open.discard(output.request_id)
-            reused = output.num_cached_tokens or 0
+            prompt, reused = len(unit.question.prompt), output.num_cached_tokens or 0
             job.tokens_reused += reused
-            job.tokens_computed += unit.tokens - reused
-            job.compute_seconds += self._busy_seconds * unit.tokens / tokens
+            job.tokens_computed += prompt - reused
+            job.compute_seconds += self._busy_seconds * prompt / tokens
             try:
                 self._settle_unit(unit, output)
             except Exception as error:
@@ -291,7 +286,13 @@ class EngineThread:
         job = unit.job
         if job not in self._jobs:  # a sibling failed it
             return
-        score = self._scoring.answer(output, job.request.sequences[unit.index], job.request.signal)
+        parts = job.waiting[unit.index]
+        parts[unit.number] = Answered(unit.question, output)
+        answered = [part for part in parts.values() if part is not None]
+        if len(answered) < len(parts):
+            return
+        del job.waiting[unit.index]
+        score = self._scoring.answer(answered, job.request.sequences[unit.index], job.request.signal)
         if score is not None:
             self._store(job, unit.index, score)
         elif unit.read_cache:
@@ -338,6 +339,7 @@ class EngineThread:
         for job in affected:
             self._drop(job)
             job.alone = True
+            job.waiting.clear()
             job.scores.clear()
             job.tokens_computed = job.tokens_reused = 0
             job.compute_seconds = 0.0
@@ -346,10 +348,10 @@ class EngineThread:
 
     def _probe(self) -> None:
         """Score one token; raises when the engine cannot even do that any more."""
-        question = self._scoring.question(np.zeros(1, dtype=np.int32), _PROBE, Signal(), read_cache=False)
-        if isinstance(question, SequenceScore):
-            raise RuntimeError(f"the probe was not asked: {question.error}")
-        self._engine.add("probe", *question)
+        asked = self._scoring.questions(_TOKEN, _PROBE, _ASKED, read_cache=False)
+        if isinstance(asked, SequenceScore):
+            raise RuntimeError(f"the probe was not asked: {asked.error}")
+        self._engine.add("probe", asked[0].prompt, asked[0].params)
         while self._engine.has_work:
             if any(output.finished for output in self._engine.step()):
                 return

@@ -1,0 +1,155 @@
+"""A writer on transformers: it samples the model's distribution, and the same for the same request."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytest_asyncio
+import torch
+from support.engine_requests import run_engine
+from support.judges import JUDGED
+from support.writers import save_random_writer, similarity, writing
+from transformers import AutoModelForCausalLM
+from tutelage_client import codec
+from tutelage_client.types import Score, ScoreRequest
+
+from services.models.writer_settings import WriterSettings
+from services.teacher.engines import writer as engine_file
+from services.teacher.engines.transformers import TransformersEngine
+from student_trainer.tasks.characters import MODEL_ROWS, character_tokenizer
+
+OWN = character_tokenizer(JUDGED)
+MANY = 4000
+TEMPERATURE = 1.5
+SETTINGS = WriterSettings(user="{prompt}=", temperature=TEMPERATURE, max_continuations=MANY)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_random_writer(tmp_path_factory.mktemp("writer"))
+
+
+@pytest_asyncio.fixture(loop_scope="function")
+async def engine(directory: Path) -> AsyncIterator[TransformersEngine]:
+    async with run_engine(directory, writer=SETTINGS) as started:
+        yield started
+
+
+def ids(text: str) -> list[int]:
+    return OWN(text)["input_ids"]
+
+
+def asked(
+    responses: list[str], anchors: list[list[int]], continuations: int, size: int, prompt: str = "1+1"
+) -> ScoreRequest:
+    return codec.build_request(
+        [ids(prompt)],
+        [ids(text) for text in responses],
+        anchors=anchors,
+        signal=writing(continuations, size),
+    )
+
+
+def agreements(score: Score) -> list[list[float]]:
+    found = []
+    for sequence in score.raise_for_errors().sequences:
+        assert sequence.agreement is not None
+        found.append(sequence.agreement.tolist())
+    return found
+
+
+def expectation(directory: Path, before: str, text: str) -> tuple[float, float]:
+    """Mean and standard deviation of one continuation's similarity, over all there are of len(text)."""
+    model = AutoModelForCausalLM.from_pretrained(directory).eval()
+    characters = {number: token for token, number in OWN.get_vocab().items() if len(token) == 1}
+
+    def next_probabilities(rows: list[list[int]]) -> torch.Tensor:
+        with torch.inference_mode():
+            logits = model(torch.tensor([[*ids(before), *row] for row in rows])).logits[:, -1]
+        return torch.softmax(logits.double() / TEMPERATURE, dim=-1)
+
+    open_rows: dict[tuple[int, ...], float] = {(): 1.0}
+    done: dict[tuple[int, ...], float] = {}
+    for _ in text:
+        rows = list(open_rows)
+        probabilities = next_probabilities([list(row) for row in rows]).tolist()
+        grown: dict[tuple[int, ...], float] = {}
+        for (place, row), token in product(enumerate(rows), range(MODEL_ROWS)):
+            probability = open_rows[row] * probabilities[place][token]
+            if token == OWN.eos_token_id:
+                done[row] = done.get(row, 0.0) + probability
+            else:
+                grown[(*row, token)] = probability
+        open_rows = grown
+    done = {**open_rows, **{row: p for row, p in done.items()}}
+    assert math.isclose(sum(done.values()), 1.0, rel_tol=1e-9)
+    values = [(p, similarity("".join(characters.get(i, "") for i in row), text)) for row, p in done.items()]
+    mean = sum(p * value for p, value in values)
+    return mean, math.sqrt(sum(p * (value - mean) ** 2 for p, value in values))
+
+
+async def test_the_mean_over_many_continuations_is_the_expectation_over_all(
+    engine: TransformersEngine, directory: Path
+) -> None:
+    response, anchors = "a+b=12", [0, 2, 4]
+    score = await engine.score(asked([response], [anchors], MANY, 2))
+    for anchor, found in zip(anchors, agreements(score)[0], strict=True):
+        mean, deviation = expectation(directory, f"1+1={response[:anchor]}", response[anchor : anchor + 2])
+        assert deviation > 0.01, "a writer that is certain would prove little"
+        assert abs(found - mean) < 4 * deviation / math.sqrt(MANY), (anchor, found, mean, deviation)
+
+
+async def test_an_answer_depends_on_the_request_alone(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often it is asked, beside whom, in which order, and in how many batches it is sampled."""
+    responses = ["a+b=12", "12", "a+b+c", "a+b=21", "gfedcba0123"]
+    anchors = [[0, 3], [0], [1], [0, 3], [0, 2, 4, 8]]
+    first = agreements(await engine.score(asked(responses, anchors, 60, 2)))
+    again, backwards, *singles = await asyncio.gather(
+        engine.score(asked(responses, anchors, 60, 2)),
+        engine.score(asked(responses[::-1], anchors[::-1], 60, 2)),
+        *(engine.score(asked([r], [a], 60, 2)) for r, a in zip(responses, anchors, strict=True)),
+    )
+    assert agreements(again) == first
+    assert agreements(backwards)[::-1] == first
+    assert [agreements(single)[0] for single in singles] == first
+    monkeypatch.setattr(engine_file, "CACHE_TOKENS", 40)
+    assert agreements(await engine.score(asked(responses, anchors, 60, 2))) == first
+    assert len({value for row in first for value in row}) > 3, "equal numbers would prove little"
+    other = agreements(await engine.score(asked(responses, anchors, 60, 2, prompt="1+2")))
+    assert other != first
+
+
+async def test_a_smaller_number_of_continuations_is_the_beginning_of_a_larger_one(
+    engine: TransformersEngine,
+) -> None:
+    """The j-th continuation has its own random numbers: n of them are n of the more."""
+    found = [agreements(await engine.score(asked(["a+b=12"], [[2]], n, 4)))[0][0] for n in (1, 2, 3, 4)]
+    singles = np.diff([0.0, *(n * value for n, value in enumerate(found, 1))])
+    quarters = singles * 4  # texts of at most 4 characters against one of 4
+    assert np.allclose(quarters, np.round(quarters), atol=1e-5)
+    assert ((quarters > -1e-5) & (quarters < 4 + 1e-5)).all()
+
+
+async def test_nobody_elses_random_numbers_are_used(engine: TransformersEngine) -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    await engine.score(asked(["a+b=12"], [[0, 2]], 5, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+async def test_work_is_counted_and_what_is_not_audited_costs_nothing(engine: TransformersEngine) -> None:
+    score = await engine.score(asked(["a+b=12", "a"], [[], []], 5, 2))
+    assert agreements(score) == [[], []]
+    assert score.usage.tokens_computed == 0
+    score = await engine.score(asked(["a+b=12"], [[0, 2]], 5, 2))
+    assert 4 + 6 < score.usage.tokens_computed <= 4 + 6 + 2 * 5 * 2
+    assert replace(score.usage, tokens_computed=0, queue_ms=0, compute_ms=0).positions == 6
