@@ -200,6 +200,7 @@ def _load_learner(config: RunConfig, plan: Plan, ranks: Ranks) -> Learner:
 
 
 def _expectations(config: RunConfig, plan: Plan, student: Student) -> Expectations:
+    model = student.model.config.get_text_config()
     return Expectations(
         run=config.run.name,
         plan=plan,
@@ -208,7 +209,8 @@ def _expectations(config: RunConfig, plan: Plan, student: Student) -> Expectatio
         tokenizer_fingerprint=student.fingerprint,
         fake_teachers=frozenset(name for name, entry in config.teachers.items() if entry.engine == "fake"),
         channels=channels_of(plan, config.run.name),
-        hidden_size=student.model.config.get_text_config().hidden_size,
+        hidden_size=model.hidden_size,
+        max_positions=getattr(model, "max_position_embeddings", None),
     )
 
 

@@ -6,7 +6,7 @@ asked for. A rollout whose own scoring failed is left out alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf, isclose, nan
 
@@ -116,6 +116,7 @@ class Expectations:
     fake_teachers: frozenset[str] = frozenset()  # they have no tokenizer to compare
     channels: Mapping[str, str] = field(default_factory=dict)  # of the teachers whose weights move
     hidden_size: int = 0  # of the student; needed with the plan's hidden
+    max_positions: int | None = None  # of the student; None: no bound is known
 
 
 def verify_group(
@@ -124,7 +125,8 @@ def verify_group(
     """Check a scored group; the first score of a teacher pins its identity in `pins`.
 
     A rollout that some view could not score is left out. With the plan's missing_view = "renormalise" it
-    goes on with its other views, and so does a group of which a whole view failed.
+    goes on with its other views, and so does a group of which a whole view failed. One that is too long
+    for the student under the context of the auxiliary loss is left out, too.
 
     Raises:
         RefusedGroupError: with the reason under which it is counted.
@@ -150,11 +152,13 @@ def verify_group(
         for i in range(len(rollouts))
     ]
     needed = len(plan.view_requests) if plan.missing_view == "drop" else min(1, len(plan.view_requests))
-    places = tuple(i for i, views in enumerate(found) if len(views) >= needed)
-    if not places:
-        raise RefusedGroupError("no_score", f"no rollout was scored: {_first_error(scores)}")
-    if any(len(views) < len(asked) for views in found):
-        log.warning("responses lack scores", left_out=len(rollouts) - len(places), why=_first_error(scores))
+    long = _too_long(rollouts, expected.max_positions)
+    places = tuple(i for i, views in enumerate(found) if len(views) >= needed and i not in long)
+    if long or any(len(views) < len(asked) for views in found):
+        why = next(iter(long.values()), "") or _first_error(scores)
+        if not places:
+            raise RefusedGroupError("no_score", f"no rollout was scored: {why}")
+        log.warning("responses lack scores", left_out=len(rollouts) - len(places), why=why)
     return TrainingGroup(
         id=group.id,
         index=group.index,
@@ -252,6 +256,25 @@ def _auxiliary(name: str, rollout: Rollout, expected: Expectations) -> Int32Arra
     ids = unpack_ids(rollout.auxiliary_context_ids, f"{name}.auxiliary_context_ids")
     _check_ids(f"{name}.auxiliary_context_ids", ids, expected.vocab_size)
     return ids
+
+
+def _too_long(rollouts: Sequence[TrainingRollout], positions: int | None) -> dict[int, str]:
+    """Rollouts by place that the student cannot see under their auxiliary context, and why.
+
+    No teacher does that pass, so nobody else refuses: a model that learned its positions would fail in the
+    middle of a step, and one that computes them would go where it never was.
+    """
+    lengths = {
+        place: len(rollout.auxiliary_ids) + rollout.length
+        for place, rollout in enumerate(rollouts)
+        if rollout.auxiliary_ids is not None
+    }
+    return {
+        place: f"rollouts[{place}]: got {length} tokens with objective.auxiliary.context, "
+        f"the student takes {positions}"
+        for place, length in lengths.items()
+        if positions is not None and length > positions
+    }
 
 
 def _marked(name: str, rollout: Rollout, plan: Plan) -> bool:

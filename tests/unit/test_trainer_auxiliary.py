@@ -15,8 +15,9 @@ from torch import Tensor
 from tutelage.v1.rollout_pb2 import Group
 from tutelage_client.codec import pack_ids
 
+from student_trainer import train
 from student_trainer.batch import MicroBatch, idle_batch, pack_step
-from student_trainer.config import StudentSettings, TrainingSettings
+from student_trainer.config import StudentSettings, TrainingSettings, parse_run_config
 from student_trainer.exchange import decode_micro_batches, encode_micro_batches
 from student_trainer.learner import Learner
 from student_trainer.objective.compile import Plan
@@ -51,9 +52,10 @@ def make_groups(plan: Plan, *, without: int | None = None) -> list[TrainingGroup
     return groups
 
 
-def verify(group: Group, plan: Plan) -> TrainingGroup:
+def verify(group: Group, plan: Plan, positions: int | None = None) -> TrainingGroup:
     scores = {view: make_scores(group, plan, view) for view in plan.view_requests}
-    return verify_group(scored(group, scores), make_expectations(plan), {})
+    expected = replace(make_expectations(plan), max_positions=positions)
+    return verify_group(scored(group, scores), expected, {})
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +169,39 @@ def test_a_group_without_the_context_that_it_must_have_is_refused() -> None:
     found: TrainingRollout = verify(group, plan).rollouts[0]
     assert found.auxiliary_ids is not None
     assert found.auxiliary_ids.tolist() == [5, 6]
+
+
+def test_a_response_too_long_under_the_context_is_left_out_alone() -> None:
+    """As one whose privileged context is too long for a teacher, which the teacher refuses."""
+    plan = plan_of()
+    group = make_group(0, plan, lengths=(2, 3, 4, 9), rewards=(None, None, None, None))
+    for rollout in group.rollouts[:3]:
+        rollout.auxiliary_context_ids = pack_ids([5] * 6)
+    group.rollouts[3].auxiliary_context_ids = b""
+    whole = verify(group, plan)
+    assert whole.places == (0, 1, 2, 3)
+    for positions, places in ((10, (0, 1, 2, 3)), (9, (0, 1, 3)), (8, (0, 3)), (7, (3,))):
+        found = verify(group, plan, positions)
+        assert found.places == places
+        kept = [whole.rollouts[place].response_ids.tolist() for place in places]
+        assert [rollout.response_ids.tolist() for rollout in found.rollouts] == kept
+    del group.rollouts[3]
+    with pytest.raises(RefusedGroupError, match=r"rollouts\[0\]: got 8 tokens .* the student takes 7") as e:
+        verify(group, plan, 7)
+    assert e.value.reason == "no_score"
+
+
+def test_the_trainer_knows_the_positions_of_its_student(student: Student) -> None:
+    config = parse_run_config(
+        {
+            "teachers": {"big": {"model": "m"}},
+            "student": {"model": "m"},
+            "data": {"task": "addition"},
+            "objective": {},
+            "training": {"steps": 1},
+        }
+    )
+    assert train._expectations(config, plan_of(), student).max_positions == 64
 
 
 def test_the_context_must_be_another() -> None:
