@@ -47,6 +47,15 @@ JOBS = [
 ]
 CONSISTENT = {"kind": "consistency", "context": {"user": "again: {prompt}"}, "missing": "same"}
 JOBS.append(Job("a second context of some responses", objective={"auxiliary": CONSISTENT}, groups=3))
+PAIRS = {
+    "preference": {},
+    "normalisation": "sequence_mean",
+    "views": {"taught": {"weights": "teacher:big", "context": {"user": "{prompt} {solution}"}}},
+}
+JOBS.append(Job("pairs of responses", objective=PAIRS, groups=3, lengths=(2, 9, 5, 4), micro_batch_tokens=50))
+JOBS.append(
+    Job("pairs, several updates", objective=PAIRS, lengths=(2, 9, 5), micro_batch_tokens=30, updates=2)
+)
 REFUSED = [
     *(Job(f"diverged on rank {i % 2}, group {i}", poisoned=i, groups=2) for i in (0, 1)),
     Job("infinite gradient on the second rank", infinite_rank=1, groups=2),

@@ -66,13 +66,15 @@ def make_group(
         prompt_ids=pack_ids(random.integers(3, VOCAB, prompt)),
         temperature=1.0,
         prompt_text=f"prompt {index}",
-        sampled_by="student",
+        sampled_by="student" if plan.preference is None else "student@context",
     )
     for place, length in enumerate(lengths):
         rollout = Rollout(
             response_ids=pack_ids(random.integers(3, VOCAB, length)),
             behaviour_logprobs=random.uniform(-4, -1, length).astype("<f4").tobytes(),
             finished=True,
+            guided=plan.preference is not None and place % 2 == 0,
+            privileged_views=plan.contexts if plan.preference is not None else (),
         )
         if rewards is not None and rewards[place] is not None:
             rollout.reward = float(rewards[place] or 0.0)

@@ -30,6 +30,8 @@ from student_trainer.objective.loss import Head, TokenBatch, ViewTensors, object
 from student_trainer.objective.settings import (
     Divergence,
     Estimator,
+    Mix,
+    Normalisation,
     ObjectiveError,
     Ratio,
     RatioGate,
@@ -265,6 +267,31 @@ def test_the_wrong_variants_are_among_them_and_warn() -> None:
     wrong = [plan for plan, _, _ in ACCEPTED if any(p in w for p in BIASED for w in plan.warnings)]
     assert {(plan.tail, plan.score_weight) for plan in wrong if plan.k} == {("raw", "exact")}
     assert {plan.score_weight for plan in wrong if not plan.k} == {"stopped"}
+
+
+def test_pairs_of_responses_are_accepted_in_one_combination_alone() -> None:
+    """Their own proofs, of the gradient and of where it rests, are in test_objective_preference.py."""
+    accepted = []
+    for chosen in itertools.product(
+        get_args(Estimator),
+        get_args(Support),
+        (None, *get_args(Tail)),
+        (None, *get_args(Target)),
+        (0, 1, "response"),
+        get_args(Mix),
+        get_args(Normalisation),
+        (None, *get_args(Divergence)),
+    ):
+        names = ("estimator", "support", "tail", "target", "horizon", "mix", "normalisation", "divergence")
+        row = {name: value for name, value in zip(names, chosen, strict=True) if value is not None}
+        view = {"weights": "teacher:a", "context": {"user": "{prompt} {solution}"}}
+        try:
+            accepted.append((make_plan(**row, preference={}, views={"a": view}), chosen))
+        except ObjectiveError:
+            continue
+    ((plan, chosen),) = accepted
+    assert chosen == ("score_function", "sampled", None, None, 0, "replace", "sequence_mean", None)
+    assert plan.warnings == ()
 
 
 @pytest.mark.parametrize("ratio", get_args(Ratio))

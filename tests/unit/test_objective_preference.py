@@ -109,7 +109,6 @@ def group_of(
     group.sampled_by = "student@context" if guided else "student"
     for place, rollout in enumerate(group.rollouts):
         rollout.guided = place in guided
-        rollout.privileged_views.append("taught")
     scores = make_scores(group, PLAN, "taught")
     random, sequences = np.random.default_rng([index, 7]), []
     for place, sequence in enumerate(scores.sequences):

@@ -32,6 +32,11 @@ PLANS = {
     "sampled": make_plan(support="sampled", estimator="score_function"),
     "union": make_plan(support="union", k=8, tail="bucket", estimator="pathwise"),
     "reward": make_plan(preset="grpo"),
+    "pairs": make_plan(
+        preference={},
+        normalisation="sequence_mean",
+        views={"taught": {"weights": "teacher:big", "context": {"user": "{prompt} {solution}"}}},
+    ),
 }
 
 
