@@ -10,7 +10,7 @@ publications there were is in the ledger, so a score is trained on only if this 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,6 +42,20 @@ def channels_of(plan: Plan, run: str) -> dict[str, str]:
 def max_lag(plan: Plan, max_staleness: int) -> int:
     """Updates that moving weights may be behind those that their scores train."""
     return max_staleness if plan.max_lag is None else plan.max_lag
+
+
+def weights_lags(groups: Iterable[TrainingGroup], channels: Mapping[str, str], version: int) -> list[int]:
+    """Updates by which the weights that scored are behind `version`: one figure per group and moving view.
+
+    Args:
+        channels: of the teachers with the student's own weights; those of "initial" do not move.
+    """
+    scored_by = (identity for group in groups for identity in group.scored_by.values())
+    return [
+        version - identity.weights_version
+        for identity in scored_by
+        if channels.get(identity.name, "initial") != "initial"
+    ]
 
 
 def withdraw(run_directory: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import structlog
 
 from services import strict_json
+from student_trainer.channels import weights_lags
 from student_trainer.config import RunConfig
 from student_trainer.evaluations import Evaluation
 from student_trainer.ledger import Ledger
@@ -38,13 +39,20 @@ class Tracker(Protocol):
 
 
 def step_record(
-    groups: list[TrainingGroup], result: StepResult, ledger: Ledger, seconds: dict[str, float]
+    groups: list[TrainingGroup],
+    result: StepResult,
+    ledger: Ledger,
+    seconds: dict[str, float],
+    channels: Mapping[str, str],
 ) -> dict[str, float]:
     """The figures of the step that made policy version `ledger.step`.
 
     Means are over trained positions. `kl` is the mean of log p(y) - log q(y) over tokens that the
     student sampled, in nats, where the teacher's log q(y) is known; else, and where another model or a
     guided student sampled (that mean would estimate something else), the mean divergence of the objective.
+
+    Args:
+        channels: of the teachers with the student's own weights, by which their lag is told.
     """
     positions = max(1.0, result.sums.get("positions", 0.0))
     sums = dict(result.sums)
@@ -85,6 +93,8 @@ def step_record(
     }
     if ledger.gate:
         record["gate_open"] = float(ledger.gate["open"])  # for the next step
+    if lags := weights_lags(groups, channels, ledger.step - 1):
+        record |= {"weights_lag_mean": fmean(lags), "weights_lag_max": max(lags)}
     score_seconds = sum(group.score_seconds for group in groups)
     if score_seconds > 0.0:
         record["scored_tokens_per_second"] = sum(group.num_scores for group in groups) / score_seconds

@@ -29,6 +29,7 @@ _SHOWN = (
     "tokens_scored",
     "tokens_per_second",
     "staleness_mean",
+    "weights_lag_mean",
     "gradient_norm",
     "learning_rate",
     "refused_steps",

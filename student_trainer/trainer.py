@@ -14,7 +14,7 @@ from tutelage_client.errors import TutelageError
 from services import tracing
 from services.queue import Queue
 from student_trainer.alignment import check_alignment
-from student_trainer.channels import Channels
+from student_trainer.channels import Channels, channels_of
 from student_trainer.checkpoint import CheckpointStore
 from student_trainer.collect import Collector
 from student_trainer.config import RunConfig
@@ -77,6 +77,7 @@ class Trainer:
         self._diverged_in_a_row = 0
         self._alignment_checked = not parts.learner.plan.behaviour_comparable
         self._sampling = SamplingRates()
+        self._own_weights = channels_of(parts.learner.plan, parts.config.run.name)
         self._clock = Clock()
 
     async def run(self) -> bool:
@@ -174,7 +175,8 @@ class Trainer:
         seconds = {"wait": collected, "train": trained}
         self._ledger.seconds += collected + trained
         progress = await parts.queue.read_progress(parts.config.run.name)
-        record = step_record(groups, result, self._ledger, seconds) | self._sampling.rates(progress)
+        record = step_record(groups, result, self._ledger, seconds, self._own_weights)
+        record |= self._sampling.rates(progress)
         await parts.recorder.step(record, self._ledger)
         await self._log_evaluations(progress)
 

@@ -135,9 +135,11 @@ def _freshness() -> list[Json]:
         ),
         graph(
             "Staleness",
-            "Policy versions between sampling and training, mean of each step.",
+            "Policy versions between sampling and training, and between the student's own weights that "
+            "scored and those that are trained. Means of each step.",
             "short",
-            Query(of_trainer("staleness_mean"), "{{run}}"),
+            Query(of_trainer("staleness_mean"), "{{run}} samples"),
+            Query(of_trainer("weights_lag_mean"), "{{run}} scores"),
             width=6,
         ),
         graph(

@@ -14,7 +14,7 @@ from typing import Self
 import redis
 
 from services.queue.embedded import EmbeddedServer
-from support.training_run import HEARTBEAT, TrainingRun, wait_until, write_model
+from support.training_run import HEARTBEAT, PATHWISE, TrainingRun, wait_until, write_model
 
 # More steps than anybody waits for; evaluated soon, because an evaluation has figures of its own.
 TRAINING = """
@@ -22,6 +22,14 @@ steps = 100000
 evaluate_every = 5
 evaluation_prompts = 4
 checkpoint_every = 5
+"""
+# The trainer scores with its own weights, too: their lag is a figure.
+OBJECTIVE = f"""{PATHWISE}
+target = "losses"
+[objective.views.big]
+weights = "teacher:big"
+[objective.views.live]
+weights = "live"
 """
 MEMORY_LIMIT = 1 << 30
 VLLM_OPTIONS = ("--max-model-len", "64", "--kv-cache-memory-bytes", str(1 << 26), "--enforce-eager")
@@ -46,7 +54,14 @@ class WatchedRun:
         self.token_file = directory / "token"
         self.token_file.write_text(self.token + "\n")
         self._run = TrainingRun(
-            directory, self._server.url, models, name="watched", training=TRAINING, deterministic=False
+            directory,
+            self._server.url,
+            models,
+            name="watched",
+            training=TRAINING,
+            objective=OBJECTIVE,
+            student_extra="[self_teacher]\nin_process = true",
+            deterministic=False,
         )
         self._ready_file = directory / "teacher.json"
         self._model = models / "teacher"

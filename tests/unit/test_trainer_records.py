@@ -6,24 +6,38 @@ import json
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.training_groups import (
+    IDENTITY,
+    RUN,
+    make_expectations,
+    make_group,
+    make_scores,
+    scored,
+)
 from support.training_run import write_model
 from tutelage_client.errors import TutelageError
 
 from services.exit_status import EXIT_BAD_INPUT, exit_status
 from student_trainer import trackers, train
+from student_trainer.channels import channels_of
 from student_trainer.checkpoint import CheckpointStore, find_damage
 from student_trainer.config import MetricsSettings, RunConfig, parse_run_config
 from student_trainer.learner import Learner
-from student_trainer.metrics import MetricsFile, SamplingRates, open_trackers
+from student_trainer.ledger import Ledger
+from student_trainer.metrics import MetricsFile, SamplingRates, open_trackers, step_record
 from student_trainer.objective.compile import compile_plan
+from student_trainer.objective.settings import ObjectiveSettings
 from student_trainer.ranks import Ranks
 from student_trainer.resume import restore
 from student_trainer.samples import discard_samples_above
 from student_trainer.status import StatusServer
+from student_trainer.step_result import StepResult
 from student_trainer.student import load_student
+from student_trainer.verify import verify_group
 
 DISTILL = {"support": "student_topk", "k": 4, "tail": "bucket", "estimator": "pathwise"}
 
@@ -45,6 +59,50 @@ def make_config(directory: Path, **changes: object) -> RunConfig:
 
 def lines(path: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_step_tells_how_far_the_weights_that_scored_were_behind() -> None:
+    """Step 7 trained version 6. Weights that do not move have no lag, nor has another model."""
+    views = {name: {"weights": name} for name in ("live", "ema", "initial")} | {
+        "big": {"weights": "teacher:big"}
+    }
+    plan = compile_plan(
+        ObjectiveSettings.model_validate({"views": views, "target": "losses"}),
+        student_temperature=1.0,
+        teachers=["big"],
+        run=RUN,
+    )
+    channels = channels_of(plan, RUN)
+    assert sorted(channels.values()) == ["ema", "initial", "live"]
+    result = StepResult(0.5, 1.0, 1e-3, {"positions": 8.0}, (), (), None)
+
+    def record(*scored_by: dict[str, int]) -> dict[str, float]:
+        groups = []
+        for index, versions in enumerate(scored_by):
+            group = make_group(index, plan)
+            scores = {
+                view: make_scores(
+                    group,
+                    plan,
+                    view,
+                    replace(IDENTITY, name=plan.requests[view][0], weights_version=versions.get(view, 0)),
+                )
+                for view in plan.view_requests
+            }
+            expected = replace(make_expectations(plan), channels=channels)
+            groups.append(verify_group(scored(group, scores), expected, {}))
+        return step_record(groups, result, Ledger(settings={}, step=7), {"train": 1.0}, channels)
+
+    found = record({"live": 6, "ema": 5}, {"live": 3, "ema": 6, "big": 1})
+    assert (found["weights_lag_mean"], found["weights_lag_max"]) == (1.0, 3)
+    fixed = compile_plan(
+        ObjectiveSettings.model_validate({"views": {"v": {"weights": "initial"}}}),
+        student_temperature=1.0,
+        teachers=["big"],
+        run=RUN,
+    )
+    plan, channels = fixed, channels_of(fixed, RUN)
+    assert not [name for name in record({}) if name.startswith("weights_lag")]
 
 
 def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
