@@ -20,6 +20,7 @@ from launcher.cli import app
 from launcher.up import child_specs
 from services.models.judge_settings import JudgeSettings
 from services.models.vllm_settings import VllmSettings
+from services.models.writer_settings import WriterSettings
 from services.teacher.settings import TeacherSettings
 from student_trainer.config import QueueSettings, parse_run_config
 
@@ -216,6 +217,22 @@ def test_a_judge_that_up_starts_reads_the_student_s_ids(
         assert ran.exit_code == 0, ran.output
     assert started[0].judge == JudgeSettings(tokenizer="student", **judge)
     assert started[1].judge == JudgeSettings(tokenizer="elsewhere")
+
+
+def test_a_writer_that_up_starts_reads_the_student_s_ids(
+    started: list[TeacherSettings], tmp_path: Path
+) -> None:
+    writer = {"user": "Q: {prompt}\nA =", "temperature": 0.7, "max_continuations": 4}
+    teachers = {
+        "author": {"model": "big", "writer": writer},
+        "other": {"model": "big", "engine": "vllm", "writer": {"tokenizer": "elsewhere"}},
+    }
+    config = parse_run_config(tomllib.loads(RUN_FILE) | {"teachers": teachers})
+    for spec in child_specs(config, tmp_path / "run.toml", "redis://queue")[:2]:
+        ran = tutelage(*spec.arguments)
+        assert ran.exit_code == 0, ran.output
+    assert started[0].writer == WriterSettings(tokenizer="student", **writer)
+    assert started[1].writer == WriterSettings(tokenizer="elsewhere")
 
 
 @pytest.mark.parametrize("document", ["vllm.md", "other-teachers.md"])

@@ -80,8 +80,12 @@ def make_rows(count: int = 7, samples: int = 1) -> list[Row]:
     return [Row(ids, group, sample) for group, ids in enumerate(prompts) for sample in range(samples)]
 
 
-def generate(model: Any, rows: list[Row], batch_size: int = 64, **options: Any) -> list[Response]:
-    generator = TransformersGenerator(model, end_ids=END_IDS, batch_size=batch_size)
+def generate(
+    model: Any, rows: list[Row], batch_size: int = 64, batch_tokens: int | None = None, **options: Any
+) -> list[Response]:
+    generator = TransformersGenerator(
+        model, end_ids=END_IDS, batch_size=batch_size, batch_tokens=batch_tokens
+    )
     defaults: dict[str, Any] = {"seed": 5, "temperature": 1.0, "max_new_tokens": 12}
     return generator.generate(rows, **{**defaults, **options})
 
@@ -115,6 +119,41 @@ def test_tokens_do_not_depend_on_the_batch_split_or_the_order(batch_size: int) -
         same = expected[row.group, row.sample]
         np.testing.assert_array_equal(response.ids, same.ids)
         np.testing.assert_allclose(response.logprobs, same.logprobs, atol=1e-5)
+
+
+def test_a_row_may_have_a_limit_of_its_own_and_is_else_the_same() -> None:
+    model, rows = make_model(), make_rows(samples=2)
+    limits = [1 + i % 5 for i in range(len(rows))]
+    for row, limit, response in zip(rows, limits, generate(model, rows, max_new_tokens=limits), strict=True):
+        (alone,) = generate(model, [row], max_new_tokens=limit)
+        np.testing.assert_array_equal(response.ids, alone.ids)
+        assert response.finished == alone.finished
+        assert response.finished or len(response.ids) == limit
+    with pytest.raises(TutelageError, match="a prompt of 7 tokens and 58 new ones exceed the model's 64"):
+        generate(model, rows, max_new_tokens=[12] * (len(rows) - 1) + [58])
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 40, 100])
+def test_a_batch_holds_no_more_of_the_cache_than_it_may(
+    batch_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, rows = make_model(), make_rows(samples=3)
+    limits = [12 - i % 7 for i in range(len(rows))]
+    expected = generate(model, rows, max_new_tokens=limits)
+    held = []
+    run = TransformersGenerator._run
+
+    def counted(self: Any, batch: list[Row], draws: Any, *rest: Any) -> Any:
+        held.append((len(batch), max(len(row.prompt_ids) for row in batch) + draws.shape[1]))
+        return run(self, batch, draws, *rest)
+
+    monkeypatch.setattr(TransformersGenerator, "_run", counted)
+    found = generate(model, rows, batch_tokens=batch_tokens, max_new_tokens=limits)
+    assert sum(count for count, _ in held) == len(rows)
+    assert all(count == 1 or count * width <= batch_tokens for count, width in held)
+    assert batch_tokens == 1 or any(count > 1 for count, _ in held)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one.ids, other.ids)
 
 
 def test_samples_of_one_prompt_and_other_seeds_differ() -> None:
