@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.lost_files import hint
+from services.models.place import is_lost
+
 
 class NotHere(Exception):
     """The model's files are not on this machine, so its facts cannot be checked."""
@@ -40,8 +43,8 @@ def read_facts(model: str, revision: str | None, *, download: bool) -> ModelFact
     if directory.is_dir():
         if not (directory / "config.json").is_file():
             raise FileNotFoundError(f"{model} has no config.json; it is no model in Hugging Face layout")
-    elif directory.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
-        raise FileNotFoundError(f"{model}: there is no such directory")
+    elif is_lost(model):
+        raise FileNotFoundError(f"{model}: there is no such directory{hint(model)}")
     config = _configuration(model, revision, download)
     tokenizer = read_tokenizer(model, revision, download=download)
     text = config.get_text_config()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from tutelage_client.errors import TutelageError
 
 from launcher.children import ChildSpec, RestartPolicy
+from launcher.lost_files import check_files
 from launcher.progress import make_view
 from launcher.queue_address import QUEUE_URL_VARIABLE
 from launcher.replica_sets import ReplicaSet, replica_sets
@@ -42,7 +43,8 @@ def run_up(run_file: Path, policy: RestartPolicy | None = None, queue_url: str |
 
     Raises:
         RunFileError: the run file cannot be used.
-        TutelageError: another `up` works on the run, or the embedded queue does not start.
+        TutelageError: another `up` works on the run, a file that it names is not there, or the embedded
+            queue does not start.
     """
     from student_trainer.config import load_run_config
 
@@ -55,6 +57,7 @@ def run_up(run_file: Path, policy: RestartPolicy | None = None, queue_url: str |
             view.say(f"run {config.run.name!r} is finished: {config.training.steps} steps in {directory}")
             view.say(f"for a fresh one, remove {directory}")
             return 0
+        check_files(config)
         server = _embedded(config)
         url = server.start() if server is not None else config.queue.url
         specs = child_specs(config, run_file, url)

@@ -18,6 +18,7 @@ from services.models.adapters import Adapter, merge_adapter
 from services.models.fingerprint import directory_revision
 from services.models.head import Head, head_of
 from services.models.packed import is_packed
+from services.models.place import is_lost
 from services.models.selfcheck import check_head, not_packable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -189,6 +190,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def _load_model(path_or_id: str | Path, dtype: torch.dtype | Literal["auto"], revision: str | None) -> Any:
+    _check_path(path_or_id)
     try:
         with _LOADING:
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -211,6 +213,12 @@ def _load_model(path_or_id: str | Path, dtype: torch.dtype | Literal["auto"], re
     return model
 
 
+def _check_path(path_or_id: str | Path) -> None:
+    """transformers takes a path that does not exist for an id of the hub, and finds it badly spelled."""
+    if is_lost(path_or_id):
+        raise invalid(f"model: could not load {str(path_or_id)!r}: there is no such directory")
+
+
 def _commit(config: Any) -> str:
     return str(getattr(config, "_commit_hash", None) or "")
 
@@ -220,6 +228,7 @@ def load_tokenizer(path_or_id: str | Path, revision: str | None) -> Any:
     directory = Path(path_or_id)
     if directory.is_dir() and not any((directory / name).exists() for name in _TOKENIZER_FILES):
         return None
+    _check_path(path_or_id)
     try:
         return AutoTokenizer.from_pretrained(str(path_or_id), revision=revision or "main")
     except (OSError, ValueError, KeyError) as error:
