@@ -1,8 +1,9 @@
 """Rollouts for the report: every token with what student and teacher thought of it.
 
-RUN_DIR/samples/step-00000010.jsonl.gz holds one JSON object per rollout:
-{step, group, prompt_text, token_texts, token_ids, student_logprobs, teacher_logprobs, teacher_top, reward};
-teacher_top has up to five [text, log-probability] per position, or is [] where none were asked for.
+RUN_DIR/samples/step-00000010.jsonl.gz holds one JSON object per rollout: {step, group, prompt_text,
+token_texts, token_ids, student_logprobs, teacher_logprobs, teacher_top, reward, guided}.
+teacher_top has up to five [text, log-probability] per position, or is [] where none were asked for; guided
+says that it was sampled under [sampling] context, though the student's log-probabilities are under its prompt.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ def _record(step: int, member: Member, logprobs: npt.NDArray[np.float32], tokeni
         "teacher_logprobs": _numbers(teacher),
         "teacher_top": [] if score is None else _alternatives(rollout, score, tokenizer),
         "reward": rollout.reward,
+        "guided": rollout.guided,
     }
 
 

@@ -3,6 +3,7 @@
 A recorded token y counts with r − 1 − log r, r = q(y)/p(y), which is never negative and whose expectation
 under the student is KL(student‖teacher) at its position (Schulman, "Approximating KL divergence", 2020, k3).
 Shares are of the sum over all tokens of the same stretch of the run. Rollouts are a sample, so are these.
+Guided responses are left out: under the prompt that is trained on they are no sample of the student's.
 """
 
 from __future__ import annotations
@@ -63,12 +64,13 @@ def find_rock_tokens(rollouts: Sequence[RolloutRecord]) -> RockTokens | None:
 
     A rock token has kept half of its early divergence per occurrence and lies above the late mean of all.
     """
-    steps = sorted({rollout.step for rollout in rollouts})
+    own = [rollout for rollout in rollouts if not rollout.guided]
+    steps = sorted({rollout.step for rollout in own})
     if len(steps) < 2:
         return None
     width = max(1, len(steps) // STRETCH)
     stretches = steps[:width], steps[-width:]
-    early, late = (_sums(r for r in rollouts if r.step in set(stretch)) for stretch in stretches)
+    early, late = (_sums(r for r in own if r.step in set(stretch)) for stretch in stretches)
     if not early or not late:
         return None
     means = [_mean(sums) for sums in (early, late)]

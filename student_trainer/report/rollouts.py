@@ -62,10 +62,11 @@ def card(rollout: RolloutRecord, key: str) -> str:
         if index < MAX_TOKENS
     )
     hidden = len(rollout.token_texts) - MAX_TOKENS
+    guided = '<span class="chip" title="sampled under a context">guided</span>' if rollout.guided else ""
     more = f'<p class="more">… {hidden:,} more tokens</p>' if hidden > 0 else ""
     return (
         f'<article class="rollout" data-rollout="{escape(key, quote=True)}">'
-        f'<header><span class="prompt">{escape(rollout.prompt_text)}</span>{_verdict(rollout.reward)}'
+        f'<header><span class="prompt">{escape(rollout.prompt_text)}</span>{guided}{_verdict(rollout.reward)}'
         f'<span class="mean" title="mean of log q − log p over the response">{_signed(mean)}</span></header>'
         f'<p class="tokens">{tokens}</p>{more}</article>'
     )

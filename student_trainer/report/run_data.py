@@ -60,6 +60,7 @@ class RolloutRecord:
     teacher_top: tuple[tuple[tuple[str, float], ...], ...]  # [R] lists of (text, log-probability)
     reward: float | None
     token_ids: tuple[int, ...] = ()  # [R]
+    guided: bool = False  # sampled under [sampling] context, which is not the prompt
 
     @property
     def log_ratios(self) -> tuple[float, ...]:
@@ -214,6 +215,7 @@ def _rollout(record: dict[str, Any]) -> RolloutRecord:
         ),
         reward=None if record.get("reward") is None else float(record["reward"]),
         token_ids=tuple(int(token) for token in record["token_ids"]),
+        guided=bool(record.get("guided", False)),
     )
 
 

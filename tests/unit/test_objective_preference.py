@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,17 +14,22 @@ import pytest
 import torch
 from support.tabular import make_plan, random_logits
 from support.training_groups import VOCAB, make_expectations, make_group, make_scores, scored
+from support.training_run import write_model
 from torch import Tensor
 
 from student_trainer.batch import MicroBatch, deal, idle_batch, pack_step
+from student_trainer.config import StudentSettings, TrainingSettings
 from student_trainer.exchange import decode_micro_batches, encode_micro_batches
+from student_trainer.learner import Learner
 from student_trainer.ledger import Ledger
 from student_trainer.metrics import step_record
 from student_trainer.objective.batch import LossOutput, TokenBatch, ViewTensors
 from student_trainer.objective.compile import Plan, compile_plan
 from student_trainer.objective.loss import objective_loss
 from student_trainer.objective.settings import ObjectiveError, ObjectiveSettings
+from student_trainer.samples import write_samples
 from student_trainer.step_result import StepResult
+from student_trainer.student import load_student
 from student_trainer.verify import TrainingGroup, verify_group
 
 BETA = 0.7
@@ -260,12 +268,33 @@ def test_metrics_are_means_over_pairs() -> None:
             apart[rollout.guided].append(float((own - rollout.scores["taught"].sampled).sum()))
         margins += [BETA * (good - bad) for good, bad in itertools.product(apart[True], apart[False])]
     result = StepResult(loss, 1.0, 1e-3, sums, tuple(batches), (), None)
-    record = step_record(groups, result, Ledger(settings={}), {"train": 1.0})
+    record = step_record(groups, result, Ledger(settings={}), {"train": 1.0}, {})
     assert (record["pairs"], record["groups_unpaired"]) == (len(margins), 1) == (4 + 3 + 4 + 3 + 3, 1)
     assert record["preference_margin"] == pytest.approx(np.mean(margins), rel=1e-5)
     assert record["preference_accuracy"] == pytest.approx(np.mean(np.array(margins) > 0))
     assert 0 < record["preference_accuracy"] < 1
     assert "kl" not in record, "a mean over guided responses too is no estimate of it"
+
+
+def test_a_learner_comes_to_prefer_what_is_guided_and_records_which_is(tmp_path: Path) -> None:
+    """Real steps of a real model, over and over the same groups, two updates each."""
+    student = load_student(StudentSettings(model=str(write_model(tmp_path / "model", seed=1)), device="cpu"))
+    settings = TrainingSettings(
+        steps=8, learning_rate=3e-3, warmup_steps=1, updates_per_step=2, micro_batch_tokens=60
+    )
+    learner, groups, records = Learner(student, PLAN, settings), groups_of(), []
+    for step in range(8):
+        result = learner.step(groups, step, traces=True)
+        records.append(step_record(groups, result, Ledger(settings={}, step=step), {"train": 1.0}, {}))
+        write_samples(tmp_path, step, result, student.tokenizer, max_groups=9)
+    assert {record["pairs"] for record in records} == {4 + 3 + 4 + 3 + 3}
+    assert records[-1]["preference_margin"] > records[0]["preference_margin"] + 1
+    assert records[-1]["preference_accuracy"] == 1.0 > records[0]["preference_accuracy"]
+    assert records[-1]["loss"] < 0.5 * records[0]["loss"]
+    with gzip.open(tmp_path / "step-00000007.jsonl.gz", "rt") as file:
+        written = [json.loads(line) for line in file]
+    told = [rollout["guided"] for rollout in written]
+    assert told == [place in guided for guided in GUIDED for place in range(4)]
 
 
 # The optimum, over every pair of sequences of a table of prefixes.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,12 @@ def test_a_long_response_is_cut_and_says_so() -> None:
     drawn = card(rollout, "1/0")
     assert drawn.count("data-i=") == 400
     assert "50 more tokens" in drawn
+
+
+def test_a_guided_response_is_called_one() -> None:
+    rollout = RolloutRecord(1, "g", "p", ("a",), (-1.0,), (-2.0,), (), 1.0)
+    assert "guided" not in card(rollout, "1/0")
+    assert ">guided</span>" in card(replace(rollout, guided=True), "1/0")
 
 
 def test_ticks_are_round_and_inside() -> None:

@@ -6,6 +6,7 @@ import gzip
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,13 @@ def test_a_token_that_stays_apart_is_a_rock_and_one_that_is_learned_is_not() -> 
     assert {token.token_id: token.rock for token in found.tokens} == {1: True, 2: False, 3: False}
     assert [token.token_id for token in found.tokens] == [1, 2, 3], "largest late share first"
     assert (found.early_steps, found.late_steps) == ((0, 10), (40, 50))
+
+
+def test_guided_responses_say_nothing_about_the_students_own_tokens() -> None:
+    own = run_of(early={1: -2.0, 3: 0.0}, late={1: -2.0, 3: 0.0})
+    guided = [replace(each, guided=True) for each in run_of(early={2: -9.0}, late={2: -9.0})]
+    assert find_rock_tokens([*own, *guided]) == find_rock_tokens(own)
+    assert find_rock_tokens(guided) is None
 
 
 def test_a_token_that_is_still_the_worst_but_half_learned_is_no_rock() -> None:
