@@ -3,7 +3,7 @@
 RUN_DIR/samples/step-00000010.jsonl.gz holds one JSON object per rollout: {step, group, prompt_text,
 token_texts, token_ids, student_logprobs, teacher_logprobs, teacher_top, reward, guided}.
 teacher_top has up to five [text, log-probability] per position, or is [] where none were asked for; guided
-says that it was sampled under [sampling] context, though the student's log-probabilities are under its prompt.
+says that it was sampled under [sampling] context, though student_logprobs are under the prompt.
 """
 
 from __future__ import annotations
