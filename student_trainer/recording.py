@@ -25,6 +25,8 @@ _SHOWN = (
     "loss",
     "kl",
     "reward_mean",
+    "preference_margin",
+    "preference_accuracy",
     "tokens_sampled",
     "tokens_scored",
     "tokens_per_second",
