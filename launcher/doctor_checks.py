@@ -46,9 +46,17 @@ def check_objective(config: RunConfig, limits: dict[str, Limits]) -> Iterator[Fi
         )
         yield Finding("ok", "objective", f"{plan.divergence} on {plan.support}, {plan.estimator}; {asked}")
     else:
-        yield Finding("ok", "objective", "a reward alone; no teacher is asked for log-probabilities")
+        alone = "a reward" if plan.audit is None else "an audit"
+        yield Finding("ok", "objective", f"{alone} alone; no teacher is asked for log-probabilities")
     if plan.judge is not None:
         yield Finding("ok", "objective", f"the reward is what {plan.judge} judges")
+    if (audit := plan.audit) is not None:
+        yield Finding(
+            "ok",
+            "objective",
+            f"{audit.teacher} writes {audit.continuations} continuations at each of up to {audit.chunks} "
+            f"chunks of {audit.chunk_tokens} tokens of a response",
+        )
     for warning in plan.warnings:
         yield Finding("warn", "objective", warning)
     for teacher, allowed in limits.items():

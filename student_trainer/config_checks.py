@@ -20,6 +20,7 @@ def check_sections(config: RunConfig) -> None:
     _check_teacher_names(config)
     plan = _check_objective(config)
     _check_judge(config, plan)
+    _check_audit(config, plan)
     _check_reward(config, plan)
     _check_preference(config, plan)
     _check_sampler(config)
@@ -99,6 +100,27 @@ def _check_judge(config: RunConfig, plan: Plan) -> None:
                 f"[teachers.{name}.judge]: a judge answers no log-probability, and a view of the objective "
                 "asks for them; name it in [objective] judge"
             )
+
+
+def _check_audit(config: RunConfig, plan: Plan) -> None:
+    """The writer writes, nobody who writes is asked for log-probabilities, and responses may have chunks."""
+    writer = None if plan.audit is None else plan.audit.teacher
+    for name, entry in config.teachers.items():
+        if name == writer and entry.writer is None and entry.address is None:
+            raise ValueError(
+                f"objective.audit.teacher: [teachers.{name}] needs a section [teachers.{name}.writer]"
+            )
+        if name != writer and entry.writer is not None and name in plan.scoring_teachers:
+            raise ValueError(
+                f"[teachers.{name}.writer]: a writer answers no log-probability, and a view of the objective "
+                "asks for them; name it in [objective.audit] teacher"
+            )
+    longest = config.sampling.max_new_tokens
+    if plan.audit is not None and plan.audit.chunk_tokens > longest:
+        raise ValueError(
+            f"objective.audit.chunk_tokens: got {plan.audit.chunk_tokens} with [sampling] max_new_tokens = "
+            f"{longest}, so that no response has a chunk; allowed: at most that"
+        )
 
 
 def _check_reward(config: RunConfig, plan: Plan) -> None:

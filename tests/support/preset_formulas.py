@@ -157,7 +157,7 @@ def pbsd(x: Problem, log_p: Tensor) -> Tensor:
 
 
 def omniopd(x: Problem, log_p: Tensor) -> Tensor:
-    """−π̂ log p(y) in audited chunks, π̂ of the writer and of the student's own confidence; 0.1 KL(ref‖p) elsewhere."""
+    """−π̂ log p(y) in audited chunks, π̂ of writer and student; 0.1 KL(reference‖p) elsewhere."""
     ids = x.top(x.first)
     losses = 0.1 * kl(with_rest(x.first, ids), with_rest(log_p, ids))
     for first, agreement in x.chunks:

@@ -85,6 +85,9 @@ class Stage:
             "teachers": {
                 teacher: {"model": str(self.models[model])}
                 for teacher, model in teachers_of(name).items()
+            } | {
+                writer: {"model": str(self.models["big"]), "writer": {"temperature": 0.5}}
+                for writer in writers_of(objective)
             },
             "training": {
                 "steps": STEPS, "prompts_per_step": PROMPTS, "learning_rate": 1e-2, "warmup_steps": 0,
@@ -133,6 +136,7 @@ class Stage:
             queue_url=config.queue.url,
             namespace=config.queue.namespace,
             heartbeat_seconds=HEARTBEAT,
+            writer=config.teachers[name].writer if name in config.teachers else None,
             **source,
         )
 
@@ -177,6 +181,11 @@ def teachers_of(name: str) -> dict[str, str]:
     names = ["big" if weights == "teacher" else weights.partition(":")[2] for weights in wanted]
     found = [teacher for teacher, weights in zip(names, wanted, strict=True) if weights.startswith("teacher")]
     return {teacher: "big" if place == 0 else "small" for place, teacher in enumerate(found)}
+
+
+def writers_of(objective: Mapping[str, Any]) -> list[str]:
+    """Teachers that write, of an objective as it stands in a run file."""
+    return [objective["audit"]["teacher"]] if "audit" in objective else []
 
 
 def example(index: int) -> dict[str, Any]:

@@ -150,10 +150,12 @@ def test_confidence_is_that_of_the_student_as_the_step_started() -> None:
     )
 
 
-def test_a_chunk_that_is_not_whole_is_not_trained_on() -> None:
-    mask = torch.ones(T, dtype=torch.bool)
+@pytest.mark.parametrize("known", [False, True])
+def test_a_chunk_that_is_not_whole_is_not_trained_on(known: bool) -> None:
+    """Whatever is known of the student outside the mask."""
+    mask, own = torch.ones(T, dtype=torch.bool), at(LOGITS.log_softmax(-1))
     mask[[2, 9, 20]] = False  # the first two within chunks
-    batch, own = make_batch(mask=mask), at(LOGITS.log_softmax(-1))
+    batch = make_batch(mask=mask, old_logprobs=own if known else None)
     loss, gradient, metrics = taken(batch)
     expected, slope = written(lambda log_p: by_hand(log_p, own, batch, CHUNKS))
     torch.testing.assert_close(loss, expected)

@@ -27,14 +27,17 @@ from tutelage.v1.rollout_pb2 import Group
 from tutelage_client.codec import pack_ids
 from tutelage_client.types import Limits, Score, SequenceError, SequenceScore, Signal
 
+from launcher.doctor_checks import check_objective
 from student_trainer.batch import idle_batch, pack_step
-from student_trainer.config import StudentSettings, TrainingSettings
+from student_trainer.config import RunConfig, StudentSettings, TrainingSettings, parse_run_config
+from student_trainer.config_errors import RunFileError
 from student_trainer.exchange import decode_micro_batches, encode_micro_batches
 from student_trainer.learner import Learner
 from student_trainer.objective.compile import check_limits
 from student_trainer.objective.plan import Plan
 from student_trainer.objective.settings import ObjectiveError
 from student_trainer.objective_pass import ObjectivePass
+from student_trainer.resume import fixed_settings
 from student_trainer.student import Student, load_student
 from student_trainer.verify import RefusedGroupError, TrainingGroup, verify_group
 
@@ -339,3 +342,51 @@ def test_training_makes_agreed_text_likelier(model: Path) -> None:
         for t in (rollout.anchors if rollout.anchors is not None else ())
     ]
     assert sum(gain > 0 for gain in gains) > 0.9 * len(gains)
+
+
+# The run file.
+
+
+def config(objective: dict[str, Any] = ROW, *, sampled: int = 8, **writer: Any) -> RunConfig:
+    return parse_run_config(
+        {
+            "teachers": {"big": {"model": "m"}, "writer": {"model": "w", **writer}},
+            "student": {"model": "s"},
+            "data": {"path": "x.jsonl"},
+            "sampling": {"max_new_tokens": sampled},
+            "objective": objective,
+            "training": {"steps": 1},
+        }
+    )
+
+
+def test_a_run_file_names_its_writer_and_needs_no_answers_then() -> None:
+    """One sample of a prompt is enough, too: nothing is compared with siblings."""
+    assert config(writer={}).plan().audit == PLAN.audit
+    assert config({"preset": "omniopd", "audit": AUDIT}, writer={}).plan().audit == PLAN.audit
+    with pytest.raises(RunFileError, match=r"needs a section \[teachers\.writer\.writer\]"):
+        config()
+    with pytest.raises(RunFileError, match="a writer answers no log-probability"):
+        config({"views": {"t": {"weights": "teacher:writer"}}}, writer={})
+    with pytest.raises(RunFileError, match=r"chunk_tokens: got 3 with \[sampling\] max_new_tokens = 2"):
+        config(sampled=2, writer={})
+
+
+def test_a_run_goes_on_only_with_the_audit_that_it_began_with() -> None:
+    run = config(writer={})
+    before = fixed_settings(run, run.plan())
+    assert before["objective.audit"] == AUDIT
+    for key, value in (("chunk_tokens", 4), ("chunks", 3), ("continuations", 6), ("prior", 1.0)):
+        other = config({**ROW, "audit": {**AUDIT, key: value}}, writer={})
+        assert fixed_settings(other, other.plan()) != before, key
+
+
+def test_doctor_says_what_the_writer_will_be_asked() -> None:
+    run = config(writer={})
+    findings = list(check_objective(run, {"writer": Limits(), "big": Limits(max_top_k=64)}))
+    assert any("writer writes 5 continuations at each of up to 2 chunks" in f.message for f in findings)
+    assert [f.message for f in findings if f.level == "fail"] == [
+        "objective.audit.teacher: teacher 'writer' is no writer"
+    ]
+    alone = config({"mix": "route", "distill_coefficient": 0.0, "audit": AUDIT}, writer={})
+    assert "an audit alone" in next(iter(check_objective(alone, {}))).message
