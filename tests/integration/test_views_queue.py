@@ -247,6 +247,15 @@ weights = "teacher:maths"
 """
 
 
+PAIRS = """
+preference = { scale = 0.5 }
+normalisation = "sequence_mean"
+[objective.views.expert]
+weights = "teacher:self"
+context = { user = "{solution} {prompt}", system = "Guess." }
+"""
+
+
 def test_guided_student_samples_under_its_context_and_is_scored_under_its_prompt(bench: Bench) -> None:
     config = bench.runs.config("guided", TOP, sampling=GUIDED)
     for sampled in bench.runs.sample(config, range(4)):
@@ -274,8 +283,9 @@ def test_guided_student_samples_under_its_context_and_is_scored_under_its_prompt
     [
         ("routed", VIEWS.replace("marked_only = true", ""), ""),
         ("guided-run", IMPORTANCE, GUIDED),
+        ("pairs-run", PAIRS, GUIDED + "\nguided_samples = 1"),
     ],
-    ids=["routed", "guided"],
+    ids=["routed", "guided", "pairs"],
 )
 def test_run_with_views_trains_to_its_end(bench: Bench, name: str, objective: str, sampling: str) -> None:
     """Real processes: sampler, teachers, trainer. Nothing is dropped, and every teacher stays who it was."""
@@ -289,6 +299,7 @@ def test_run_with_views_trains_to_its_end(bench: Bench, name: str, objective: st
     for record in run.metrics():
         assert np.isfinite(record["loss"])
         assert record["positions"] > 12
+        assert record.get("pairs") == (4 * 2 if name == "pairs-run" else None)
     trained = load_file(config.run.directory / "student" / "model.safetensors")
     before = load_file(bench.runs.root / "student" / "model.safetensors")
     assert any(not torch.equal(trained[key], before[key]) for key in before)
