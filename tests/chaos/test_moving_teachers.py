@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.training_run import (
-    PATHWISE,
-    Processes,
-    TrainingRun,
-    finish,
-    kill,
-    start_server,
-    wait_until,
-    write_model,
-)
+from support.training_bench import Bench, training_bench
+from support.training_run import PATHWISE, TrainingRun, finish, kill, wait_until
 
 from services.models.channel import Channel
 
@@ -39,58 +29,24 @@ coefficient = 0.5
 TRAINING = f"steps = {STEPS}\ncheckpoint_every = 3\nkeep_checkpoints = 100\nsample_every = 0"
 
 
-@dataclass(frozen=True)
-class Bench:
-    """What every run of this module shares."""
-
-    root: Path
-    url: str
-    processes: Processes
-
-    def run(
-        self,
-        name: str,
-        *,
-        deterministic: bool = True,
-        sections: str = "",
-        objective: str = OBJECTIVE,
-        training: str = TRAINING,
-    ) -> TrainingRun:
-        return TrainingRun(
-            self.root,
-            self.url,
-            self.root,
-            name=name,
-            training=training,
-            objective=objective,
-            student_extra=sections,
-            deterministic=deterministic,
-        )
-
-    def teachers(self, run: TrainingRun) -> dict[str, ForkServerProcess]:
-        return {channel: self.processes.self_teacher(run, channel) for channel in ("ema", "live")}
-
-
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    root = tmp_path_factory.mktemp("moving")
-    write_model(root / "student", seed=1)
-    write_model(root / "teacher", seed=2)
-    server = start_server(root / "queue")
-    with Processes() as processes:
-        processes.teacher(server.url, root / "teacher", root / "teacher.log")
-        yield Bench(root, server.url, processes)
-    server.stop()
+    with training_bench(tmp_path_factory.mktemp("moving"), training=TRAINING, objective=OBJECTIVE) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(bench: Bench) -> TrainingRun:
     run = bench.run("whole")
-    others = [bench.processes.sampler(run), *bench.teachers(run).values()]
+    others = [bench.processes.sampler(run), *start_teachers(bench, run).values()]
     finish(bench.processes.trainer(run), run)
     for process in others:
         kill(process)
     return run
+
+
+def start_teachers(bench: Bench, run: TrainingRun) -> dict[str, ForkServerProcess]:
+    return {channel: bench.processes.self_teacher(run, channel) for channel in ("ema", "live")}
 
 
 def published(run: TrainingRun, channel: str, least: int, process: ForkServerProcess) -> Callable[[], bool]:
@@ -127,7 +83,7 @@ def test_killed_trainer_and_self_teachers_end_with_the_weights_of_an_uninterrupt
     """The trainer dies right after publications that no checkpoint covers; teachers die at their work."""
     run = bench.run("killed")
     bench.processes.sampler(run)
-    teachers = bench.teachers(run)
+    teachers = start_teachers(bench, run)
     for least, victim in ((1, "ema"), (4, "live"), (5, "ema")):
         trainer = bench.processes.trainer(run)
         wait_until(published(run, "ema", least, trainer), what=f"version {least}")
@@ -149,7 +105,7 @@ def test_killed_trainer_and_self_teachers_end_with_the_weights_of_an_uninterrupt
 def test_a_trainer_that_is_its_own_teacher_trains_the_same_also_when_killed(
     bench: Bench, uninterrupted: TrainingRun
 ) -> None:
-    run = bench.run("own", sections="[self_teacher]\nin_process = true")
+    run = bench.run("own", student_extra="[self_teacher]\nin_process = true")
     bench.processes.sampler(run)
     trainer = bench.processes.trainer(run)
     wait_until(published(run, "ema", 4, trainer), what="version 4")
@@ -165,7 +121,7 @@ def test_a_trainer_whose_own_teacher_fails_says_so_and_ends(bench: Bench) -> Non
     empty = bench.root / "empty"
     empty.mkdir()
     views = f'[objective.views.lost]\nweights = "checkpoint:{empty}"\n'
-    run = bench.run("lost", sections="[self_teacher]\nin_process = true", objective=PATHWISE + views)
+    run = bench.run("lost", student_extra="[self_teacher]\nin_process = true", objective=PATHWISE + views)
     trainer = bench.processes.trainer(run)
     trainer.join(60)
     assert trainer.exitcode == 1, run.log("trainer")[-3000:]
@@ -180,7 +136,7 @@ def test_scores_of_publications_that_no_checkpoint_covers_are_refused_and_counte
         "uncovered", deterministic=False, training=TRAINING.replace("every = 3", f"every = {STEPS}")
     )
     bench.processes.sampler(run)
-    teachers = bench.teachers(run)
+    teachers = start_teachers(bench, run)
     trainer = bench.processes.trainer(run)
     wait_until(published(run, "policy", 3, trainer), what="version 3")
     kill(trainer)
@@ -208,7 +164,7 @@ def test_scores_of_a_teacher_that_follows_other_weights_are_refused_and_counted(
     """
     run = bench.run("foreign", deterministic=False)
     bench.processes.sampler(run)
-    bench.teachers(run)
+    start_teachers(bench, run)
     foreign = bench.processes.self_teacher(run, "ema", follow=uninterrupted.directory / "ema")
     trainer = bench.processes.trainer(run)
     wait_until(lambda: dropped(run) > 0 or not trainer.is_alive(), what="a refused score")

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import pytest
-import redis
 import torch
 from support.torchrun import Torchrun
-from support.training_run import Processes, TrainingRun, finish, start_server, wait_until, write_model
+from support.training_bench import Bench, training_bench
+from support.training_run import TrainingRun, finish, wait_until
 
 from services.queue.embedded import EmbeddedServer
 
@@ -33,38 +31,10 @@ rank_timeout_seconds = 60
 LORA = "[student.lora]\nrank = 3\n"
 
 
-@dataclass(frozen=True)
-class Bench:
-    """What every run of this module shares."""
-
-    root: Path
-    url: str
-    processes: Processes
-
-    def run(self, name: str, student: str = "") -> TrainingRun:
-        return TrainingRun(
-            self.root, self.url, self.root, name=name, training=TRAINING, student_extra=student
-        )
-
-    def whole(self, name: str, student: str = "") -> TrainingRun:
-        """A run that one process made, without interruption."""
-        run = self.run(name, student)
-        sampler = self.processes.sampler(run)
-        finish(self.processes.trainer(run), run)
-        sampler.kill()
-        return run
-
-
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    root = tmp_path_factory.mktemp("torchrun")
-    write_model(root / "student", seed=1)
-    write_model(root / "teacher", seed=2)
-    server = start_server(root / "queue")
-    with Processes() as processes:
-        processes.teacher(server.url, root / "teacher", root / "teacher.log")
-        yield Bench(root, server.url, processes)
-    server.stop()
+    with training_bench(tmp_path_factory.mktemp("torchrun"), training=TRAINING) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +108,7 @@ def test_killed_rank_is_started_again_and_a_stopped_run_goes_on_with_one_process
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_adapters_survive_whatever_ends_the_job(bench: Bench, started: list[Torchrun]) -> None:
-    run = bench.run("adapters", LORA)
+    run = bench.run("adapters", student_extra=LORA)
     bench.processes.sampler(run)
 
     def start(past: int) -> Torchrun:
@@ -163,7 +133,7 @@ def test_adapters_survive_whatever_ends_the_job(bench: Bench, started: list[Torc
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks), 30.0, "the ranks to follow")
 
     assert start(STEPS - 1).wait() == 0
-    same_up_to_rounding(run, bench.whole("adapters-alone", LORA))
+    same_up_to_rounding(run, bench.whole("adapters-alone", student_extra=LORA))
 
 
 @pytest.mark.long
@@ -253,8 +223,7 @@ def two_nodes() -> tuple[str, ...]:
 
 def status(bench: Bench, run: TrainingRun) -> str:
     """What the run is doing, as the queue tells."""
-    with redis.Redis.from_url(bench.url) as client:
-        return str(json.loads(client.hget(f"tutelage:run:{run.config.run.name}", "status") or '""'))  # type: ignore[arg-type]
+    return str(bench.progress(run).get("status", ""))
 
 
 def finish_with(bench: Bench, run: TrainingRun) -> list[int]:

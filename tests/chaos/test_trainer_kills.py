@@ -5,15 +5,14 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from multiprocessing.context import ForkServerProcess
 from operator import itemgetter
-from pathlib import Path
 
 import pytest
 import torch
-from support.training_run import Processes, TrainingRun, finish, kill, start_server, wait_until, write_model
+from support.training_bench import Bench, training_bench
+from support.training_run import TrainingRun, finish, kill, wait_until
 
 STEPS, PER_STEP = 10, 8
 TRAINING = (
@@ -21,38 +20,15 @@ TRAINING = (
 )
 
 
-@dataclass(frozen=True)
-class Bench:
-    """What every run of this module shares."""
-
-    root: Path
-    url: str
-    models: Path
-    processes: Processes
-
-    def run(self, name: str) -> TrainingRun:
-        return TrainingRun(self.root, self.url, self.models, name=name, training=TRAINING)
-
-
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    root = tmp_path_factory.mktemp("kills")
-    write_model(root / "student", seed=1)
-    write_model(root / "teacher", seed=2)
-    server = start_server(root / "queue")
-    with Processes() as processes:
-        processes.teacher(server.url, root / "teacher", root / "teacher.log")
-        yield Bench(root, server.url, root, processes)
-    server.stop()
+    with training_bench(tmp_path_factory.mktemp("kills"), training=TRAINING) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(bench: Bench) -> TrainingRun:
-    run = bench.run("whole")
-    sampler = bench.processes.sampler(run)
-    finish(bench.processes.trainer(run), run)
-    kill(sampler)
-    return run
+    return bench.whole("whole")
 
 
 def same_as_uninterrupted(run: TrainingRun, whole: TrainingRun) -> None:

@@ -10,55 +10,21 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-import redis
 import torch
-from support.training_run import (
-    PATHWISE,
-    Processes,
-    TrainingRun,
-    finish,
-    kill,
-    start_server,
-    wait_until,
-    write_model,
-)
+from support.training_bench import Bench, training_bench
+from support.training_run import PATHWISE, TrainingRun, finish, kill, wait_until
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 GRPO = 'preset = "grpo"\n'
 
 
-@dataclass(frozen=True)
-class Bench:
-    """What every run of this module shares."""
-
-    root: Path
-    url: str
-    processes: Processes
-
-    def run(self, name: str, **how: Any) -> TrainingRun:
-        return TrainingRun(self.root, self.url, self.root, name=name, **how)
-
-    def progress(self, run: TrainingRun) -> dict[str, Any]:
-        with redis.Redis.from_url(self.url) as client:
-            found: dict[bytes, bytes] = client.hgetall(f"tutelage:run:{run.config.run.name}")  # type: ignore[assignment]
-        return {name.decode(): json.loads(value) for name, value in found.items()}
-
-
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    root = tmp_path_factory.mktemp("process")
-    write_model(root / "student", seed=1)
-    write_model(root / "teacher", seed=2)
-    server = start_server(root / "queue")
-    with Processes() as processes:
-        processes.teacher(server.url, root / "teacher", root / "teacher.log")
-        yield Bench(root, server.url, processes)
-    server.stop()
+    with training_bench(tmp_path_factory.mktemp("process")) as made:
+        yield made
 
 
 def get(address: str, path: str) -> bytes:
