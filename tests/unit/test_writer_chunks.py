@@ -141,7 +141,7 @@ def test_a_character_that_a_continuation_was_cut_in_is_left_out() -> None:
     inner.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner)
     writer = Writer(WriterSettings(), tokenizer, positions=None)
-    chunk = Chunk(tokenizer("x")["input_ids"], "aé", 3, 0)
+    chunk = Chunk(tokenizer("x")["input_ids"], "a", 2, 0)
     sequence = Sequence("0", 0, np.zeros(1, dtype=np.int32), anchors=np.zeros(1, dtype=np.int32))
     whole = tokenizer("aé")["input_ids"]
     agreement = writer.agreement(sequence, [chunk], [[whole, whole[:-1]]]).agreement

@@ -27,6 +27,7 @@ from student_trainer.tasks.characters import MODEL_ROWS, character_tokenizer
 
 OWN = character_tokenizer(JUDGED)
 MANY = 4000
+LIKELY = "0::+ff"  # what the writer would say, too, now and then
 TEMPERATURE = 1.5
 SETTINGS = WriterSettings(user="{prompt}=", temperature=TEMPERATURE, max_continuations=MANY)
 
@@ -98,11 +99,11 @@ def expectation(directory: Path, before: str, text: str) -> tuple[float, float]:
 async def test_the_mean_over_many_continuations_is_the_expectation_over_all(
     engine: TransformersEngine, directory: Path
 ) -> None:
-    response, anchors = "a+b=12", [0, 2, 4]
+    response, anchors = LIKELY, [0, 2, 4]
     score = await engine.score(asked([response], [anchors], MANY, 2))
     for anchor, found in zip(anchors, agreements(score)[0], strict=True):
         mean, deviation = expectation(directory, f"1+1={response[:anchor]}", response[anchor : anchor + 2])
-        assert deviation > 0.01, "a writer that is certain would prove little"
+        assert deviation > 0.1, "a writer that is certain would prove little"
         assert abs(found - mean) < 4 * deviation / math.sqrt(MANY), (anchor, found, mean, deviation)
 
 
@@ -110,7 +111,7 @@ async def test_an_answer_depends_on_the_request_alone(
     engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However often it is asked, beside whom, in which order, and in how many batches it is sampled."""
-    responses = ["a+b=12", "12", "a+b+c", "a+b=21", "gfedcba0123"]
+    responses = [LIKELY, "12", ":::6c", LIKELY[:4] + "21", "gfedcba0123"]
     anchors = [[0, 3], [0], [1], [0, 3], [0, 2, 4, 8]]
     first = agreements(await engine.score(asked(responses, anchors, 60, 2)))
     again, backwards, *singles = await asyncio.gather(
