@@ -27,6 +27,8 @@ _SHOWN = (
     "reward_mean",
     "preference_margin",
     "preference_accuracy",
+    "agreement",
+    "audit_weight",
     "tokens_sampled",
     "tokens_scored",
     "tokens_per_second",

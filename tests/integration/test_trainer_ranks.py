@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.rank_jobs import (
+    DISTILL,
     STEPS,
     Job,
     Result,
@@ -55,6 +56,18 @@ PAIRS = {
 JOBS.append(Job("pairs of responses", objective=PAIRS, groups=3, lengths=(2, 9, 5, 4), micro_batch_tokens=50))
 JOBS.append(
     Job("pairs, several updates", objective=PAIRS, lengths=(2, 9, 5), micro_batch_tokens=30, updates=2)
+)
+AUDITED = {
+    "audit": {"teacher": "writer", "chunks": 2, "chunk_tokens": 2, "continuations": 3},
+    "mix": "route",
+    "distill_coefficient": 0.5,
+    **DISTILL,
+}
+JOBS.append(Job("audited chunks", objective=AUDITED, groups=3, lengths=(2, 9, 5, 1), micro_batch_tokens=20))
+JOBS.append(
+    Job(
+        "audited chunks, several updates", objective=AUDITED, lengths=(2, 9), micro_batch_tokens=30, updates=2
+    )
 )
 REFUSED = [
     *(Job(f"diverged on rank {i % 2}, group {i}", poisoned=i, groups=2) for i in (0, 1)),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -26,11 +27,13 @@ from support.tabular import (
 from torch import Tensor
 
 from student_trainer.objective.compile import Plan
+from student_trainer.objective.extension_settings import AuditSettings
 from student_trainer.objective.loss import Head, TokenBatch, ViewTensors, objective_loss
 from student_trainer.objective.settings import (
     Divergence,
     Estimator,
     Mix,
+    NoCorrection,
     Normalisation,
     ObjectiveError,
     Ratio,
@@ -133,6 +136,14 @@ def support_ids(plan: Plan, table: Tensor, teacher: Tensor) -> Tensor:
 
 def gradient_of(plan: Plan, table: Tensor, teachers: dict[str, Tensor]) -> Tensor:
     """Its expectation over every sequence, from the loss itself."""
+    leaf = table.clone().requires_grad_()
+    loss_of(plan, leaf[ROWS], batch_of(plan, table, teachers), teachers).backward()  # type: ignore[no-untyped-call]
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+def batch_of(plan: Plan, table: Tensor, teachers: dict[str, Tensor]) -> TokenBatch:
+    """Every sequence, weighed by its probability."""
     log_p = table.log_softmax(-1)
     picked = [torch.tensor([log_p[PREFIXES.index(s[:t]), s[t]] for t in range(len(s))]) for s in SEQUENCES]
     lengths = torch.tensor([len(s) for s in SEQUENCES])
@@ -146,7 +157,7 @@ def gradient_of(plan: Plan, table: Tensor, teachers: dict[str, Tensor]) -> Tenso
             answers["support_ids"] = ids[ROWS]
             answers["support_logprobs"] = log_q.gather(1, ids.clamp(min=0))[ROWS]
         views[name] = ViewTensors(**answers)
-    batch = TokenBatch(
+    return TokenBatch(
         sampled_ids=sampled,
         behaviour_logprobs=torch.cat(picked),
         mask=torch.ones(len(ROWS), dtype=torch.bool),
@@ -154,14 +165,14 @@ def gradient_of(plan: Plan, table: Tensor, teachers: dict[str, Tensor]) -> Tenso
         views={} if plan.in_process else views,
         sequence_lengths=lengths,
     )
+
+
+def loss_of(plan: Plan, hidden: Tensor, batch: TokenBatch, teachers: dict[str, Tensor]) -> Tensor:
     in_process: dict[str, Any] = {}
     if plan.in_process:
         in_process["teacher_hidden"] = {name: teachers[name][ROWS] for name in plan.views}
         in_process["teacher_head"] = {name: Head(HEAD) for name in plan.views}
-    leaf = table.clone().requires_grad_()
-    objective_loss(leaf[ROWS], HEAD, None, batch, plan, chunk_rows=5, **in_process).loss.backward()
-    assert leaf.grad is not None
-    return leaf.grad
+    return objective_loss(hidden, HEAD, None, batch, plan, chunk_rows=5, **in_process).loss
 
 
 # The definitions. A loss at one prefix, of the student's p and the views' q, each [V].
@@ -292,6 +303,33 @@ def test_pairs_of_responses_are_accepted_in_one_combination_alone() -> None:
     ((plan, chosen),) = accepted
     assert chosen == ("score_function", "sampled", None, None, 0, "replace", "sequence_mean", None)
     assert plan.warnings == ()
+
+
+def test_beside_audited_chunks_every_combination_distils_the_other_positions_as_it_did() -> None:
+    """Chunks of one token have the gradient of −π̂ · log p(y), whatever the others have."""
+    audit = AuditSettings(teacher="writer", chunk_tokens=1, continuations=3, prior=1.0)
+    table, first, second = tables()
+    teachers, p = {"a": first, "b": second}, table.softmax(-1)[ROWS]
+    chosen = torch.arange(len(ROWS)) % 3 == 0
+    agreement = torch.where(chosen, torch.linspace(0, 1, len(ROWS)), torch.nan)
+    anchor = torch.where(chosen, torch.arange(len(ROWS)), -1)
+    seen = set()
+    for plan, _, target in ACCEPTED:
+        if plan.horizon != 0 or not isinstance(plan.correction, NoCorrection):
+            continue  # refused beside an audit
+        batch, rows = batch_of(plan, table, teachers), []
+        for each in (plan, replace(plan, mix="route", audit=audit)):
+            leaf = table[ROWS].requires_grad_()
+            there = replace(batch, audit_anchor=anchor, agreement=agreement)
+            loss_of(each, leaf, there, teachers).backward()  # type: ignore[no-untyped-call]
+            rows.append(leaf.grad)
+        likely = p.gather(1, batch.sampled_ids[:, None])[:, 0]
+        weight = batch.weight * (3 * agreement + likely) / 4
+        slope = -weight[:, None] * (torch.eye(WORDS)[batch.sampled_ids] - p)
+        expected = torch.where(chosen[:, None], slope, rows[0])
+        torch.testing.assert_close(rows[1], expected, rtol=1e-6, atol=1e-9)
+        seen.add((plan.estimator, plan.support, target))
+    assert seen == {(plan.estimator, plan.support, target) for plan, _, target in ACCEPTED}
 
 
 @pytest.mark.parametrize("ratio", get_args(Ratio))

@@ -32,6 +32,13 @@ PLANS = {
     "sampled": make_plan(support="sampled", estimator="score_function"),
     "union": make_plan(support="union", k=8, tail="bucket", estimator="pathwise"),
     "reward": make_plan(preset="grpo"),
+    "audit": make_plan(
+        audit={"teacher": "writer", "chunks": 2, "chunk_tokens": 2},
+        mix="route",
+        support="teacher_topk",
+        k=8,
+        estimator="pathwise",
+    ),
     "pairs": make_plan(
         preference={},
         normalisation="sequence_mean",
