@@ -15,7 +15,6 @@ from launcher.doctor_checks import (
     Finding,
     check_adapters,
     check_budgets,
-    check_data,
     check_hidden,
     check_lengths,
     check_match,
@@ -25,6 +24,7 @@ from launcher.doctor_checks import (
     check_vllm,
     demands,
 )
+from launcher.doctor_data import check_data
 from launcher.doctor_scores import cached_limits, check_scores
 from launcher.doctor_views import check_views
 from launcher.model_facts import ModelFacts, NotHere, read_facts
@@ -84,7 +84,7 @@ def examine(config: RunConfig, *, download: bool, token: str | None) -> Iterator
                 yield from check_match(models.student, name, models.teachers[name])
     yield from check_adapters(config)
     yield from check_scores(config, models.student)
-    yield from check_objective(config, limits)
+    yield from check_objective(config, limits, models.student)
     yield from check_hidden(config, models.student, models.teachers)
     yield from check_views(config, models.student, models.teachers)
     for name, facts in models.named():
@@ -138,8 +138,10 @@ def _limits(entry: TeacherEntry, facts: ModelFacts | None) -> Limits:
     layers = 0
     if entry.engine == "transformers" and _scores_tokens(entry):
         layers = UNKNOWN_LAYERS if facts is None else facts.layers
+    defaults = _default_limits()
     return replace(
-        _default_limits(),
+        defaults,
+        max_top_k=defaults.max_top_k if facts is None else min(defaults.max_top_k, facts.vocab_size),
         judge=entry.judge is not None,
         max_continuations=0 if entry.writer is None else entry.writer.max_continuations,
         hidden_layers=layers,

@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from tutelage_client.errors import TutelageError
@@ -34,15 +33,17 @@ class Finding:
     message: str
 
 
-def check_objective(config: RunConfig, limits: dict[str, Limits]) -> Iterator[Finding]:
-    """What the objective asks for, its warnings, and whether every teacher can serve it."""
+def check_objective(
+    config: RunConfig, limits: dict[str, Limits], student: ModelFacts | None = None
+) -> Iterator[Finding]:
+    """What the objective asks for, its warnings, and whether student and teachers can serve it."""
     from student_trainer.objective.compile import check_limits
 
     plan = config.plan()
     if plan.needs_teacher:
         asked = ", ".join(
-            f"{view} asks {teacher} for {_signal_words(signal)}"
-            for view, (teacher, signal) in plan.view_requests.items()
+            f"{view} asks {' or '.join(plan.teachers_of(view))} for {_signal_words(signal)}"
+            for view, (_, signal) in plan.view_requests.items()
         )
         yield Finding("ok", "objective", f"{plan.divergence} on {plan.support}, {plan.estimator}; {asked}")
     else:
@@ -59,14 +60,19 @@ def check_objective(config: RunConfig, limits: dict[str, Limits]) -> Iterator[Fi
         )
     for warning in plan.warnings:
         yield Finding("warn", "objective", warning)
+    if student is not None and plan.student_candidates > student.vocab_size:
+        wanted, has = plan.student_candidates, student.vocab_size
+        yield Finding("fail", "objective", f"objective.k: got {wanted}, the student has {has} tokens")
+    asked = {*plan.scoring_teachers, config.sampling.sampler.removeprefix("teacher:")}
     for teacher, allowed in limits.items():
         problems = check_limits(plan, teacher, allowed)
         for problem in problems:
             yield Finding("fail", f"teacher {teacher}", problem)
-        if not problems:
-            yield Finding(
-                "ok", f"teacher {teacher}", f"serves the objective (top_k up to {allowed.max_top_k})"
-            )
+        if teacher not in asked:
+            yield Finding("warn", f"teacher {teacher}", "nothing asks it; is a view's name misspelt?")
+        elif not problems:
+            words = "judges" if teacher == plan.judge else f"top_k up to {allowed.max_top_k}"
+            yield Finding("ok", f"teacher {teacher}", f"serves the objective ({words})")
         longest = config.sampling.max_new_tokens
         if longest >= allowed.max_sequence_tokens:
             yield Finding(
@@ -183,6 +189,16 @@ def check_lengths(config: RunConfig, name: str, facts: ModelFacts) -> Iterator[F
             "fail",
             name,
             f"takes {facts.max_tokens:,} tokens; prompt and max_new_tokens may come to {wanted:,}",
+        )
+    entry = config.teachers.get(name.removeprefix("teacher "))
+    if entry is None or entry.judge is None or facts.max_tokens is None:
+        return
+    if entry.judge.max_new_tokens >= facts.max_tokens:
+        yield Finding(
+            "fail",
+            name,
+            f"takes {facts.max_tokens:,} tokens; its reply alone may have judge.max_new_tokens = "
+            f"{entry.judge.max_new_tokens:,}, before any question",
         )
 
 
@@ -305,17 +321,3 @@ def check_memory(wanted: list[Demand]) -> Iterator[Finding]:
 
 def _gigabytes(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.0f} MB"
-
-
-def check_data(config: RunConfig) -> Finding:
-    """Where prompts come from, as far as this machine can tell."""
-    data = config.data
-    if data.task is not None:
-        return Finding("ok", "data", f"built-in task {data.task!r}")
-    if data.path is not None:
-        if not Path(data.path).is_file():
-            return Finding("fail", "data", f"{data.path}: there is no such file")
-        return Finding("ok", "data", f"{data.path}, {_gigabytes(data.path.stat().st_size)}")
-    if Path(str(data.dataset)).is_dir():
-        return Finding("ok", "data", f"{data.dataset} (local)")
-    return Finding("unknown", "data", f"{data.dataset}: a hub data set, not fetched to check it")

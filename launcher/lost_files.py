@@ -13,7 +13,7 @@ from services.models.place import is_lost
 if TYPE_CHECKING:
     from student_trainer.config import RunConfig
 
-_MADE_BY_QUICKSTART = "artifacts/quickstart"
+_MADE_BY_QUICKSTART = [Path("artifacts/quickstart") / name for name in ("student", "teacher")]
 
 
 def check_files(config: RunConfig) -> None:
@@ -24,8 +24,7 @@ def check_files(config: RunConfig) -> None:
 
 def hint(path: str | Path) -> str:
     """What to do about a directory that is not there, where that is known."""
-    made_here = Path(path).parent == Path(_MADE_BY_QUICKSTART)
-    return "; `tutelage quickstart` makes it" if made_here else ""
+    return "; `tutelage quickstart` makes it" if Path(path) in _MADE_BY_QUICKSTART else ""
 
 
 def _lost(config: RunConfig) -> Iterator[str]:

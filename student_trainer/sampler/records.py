@@ -91,7 +91,10 @@ class ParquetRecords:
         import pyarrow.parquet
 
         self.source = str(path)
-        self._table = pyarrow.parquet.read_table(path, memory_map=True)
+        try:
+            self._table = pyarrow.parquet.read_table(path, memory_map=True)
+        except pyarrow.ArrowInvalid as error:
+            raise invalid(f"data.path: {path} is no Parquet file: {error}") from error
 
     def __len__(self) -> int:
         return int(self._table.num_rows)

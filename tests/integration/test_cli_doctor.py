@@ -56,6 +56,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     narrow = AutoModelForCausalLM.from_pretrained(root / "narrow")
     narrow.resize_token_embeddings(8)
     narrow.save_pretrained(root / "narrow")
+    (root / "lines.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
     return root
 
 
@@ -112,7 +113,11 @@ TROUBLE: dict[str, tuple[dict[str, str | int], str]] = {
     "another tokenizer": ({"teacher": 'model = "{root}/stranger"'}, "differs from the student's"),
     "too small a vocabulary": ({"teacher": 'model = "{root}/narrow"'}, "cannot score"),
     "a model that is not there": ({"teacher": 'model = "{root}/nobody"'}, "there is no such directory"),
-    "k above the teacher's limit": ({"k": 300}, "above the teacher's limit 256"),
+    "k above the teacher's vocabulary": ({"k": 33}, "above the teacher's limit 32"),
+    "a field that the data lack": (
+        {"data": 'path = "{root}/lines.jsonl"\nanswer_field = "anwser"'},
+        "has no field 'anwser'; its fields are ['answer', 'prompt']",
+    ),
     "responses longer than the model": ({"max_new_tokens": 100}, "takes 64 tokens"),
     "data that is not there": ({"data": 'path = "{root}/nothing.jsonl"'}, "there is no such file"),
     "a teacher nobody serves": ({"teacher": 'address = "127.0.0.1:1"'}, "127.0.0.1:1"),
@@ -147,7 +152,7 @@ def test_whether_vllm_is_installed_is_said_where_it_is_needed(
 
 def test_a_judge_is_looked_at_as_one(root: Path) -> None:
     """Its tokenizer is not the student's, and it is not asked for log-probabilities."""
-    judge = f'model = "{root}/stranger"\n[teachers.big.judge]\nlargest = 5\n'
+    judge = f'model = "{root}/stranger"\n[teachers.big.judge]\nmax_new_tokens = 9\n'
     path = root / "judged.toml"
     text = RUN_FILE.format(
         root=root, queue="embedded", teacher=judge, data='task = "addition"', max_new_tokens=8, k=4
