@@ -28,6 +28,7 @@ from services.queue.embedded import EmbeddedServer
 from student_trainer.config import RunConfig, load_run_config
 from student_trainer.lineage import Stretch
 from student_trainer.policy_store import PolicyStore, PolicyVersion
+from student_trainer.sampler.anchors import peak_anchors
 from student_trainer.sampler.build import build_sampler
 from student_trainer.sampler.evaluation import evaluate
 from student_trainer.sampler.groups import GroupSampler
@@ -81,6 +82,7 @@ support = "student_topk"
 k = 4
 tail = "bucket"
 estimator = "pathwise"
+{objective}
 
 [training]
 steps = 1
@@ -116,9 +118,20 @@ def publish(store: PolicyStore, version: int) -> PolicyVersion:
     return store.publish(version, lambda at: write_model(at, version), lineage=(Stretch("first", version),))
 
 
-def write_run(directory: Path, url: str = "embedded", sampling: str = "") -> Path:
+AUDIT = """
+mix = "route"
+[objective.audit]
+teacher = "writer"
+chunks = 2
+chunk_tokens = 3
+[teachers.writer]
+address = "writer.example:50051"
+"""
+
+
+def write_run(directory: Path, url: str = "embedded", sampling: str = "", objective: str = "") -> Path:
     path = directory / "run.toml"
-    path.write_text(RUN_FILE.format(directory=directory, url=url, sampling=sampling))
+    path.write_text(RUN_FILE.format(directory=directory, url=url, sampling=sampling, objective=objective))
     return path
 
 
@@ -412,12 +425,24 @@ def assert_group(model: Any, student: Any, group: Group) -> None:
         np.testing.assert_array_equal(candidates, top.numpy())
 
 
+def assert_anchors(student: Any, group: Group) -> None:
+    """At the peaks of the student's entropy after its own prompt, whoever sampled."""
+    prompt = unpack_ids(group.prompt_ids, "prompt")
+    for rollout in group.rollouts:
+        ids = unpack_ids(rollout.response_ids, "response")
+        logits = plain_logits(student, Row(prompt, 0, 0), Response(ids, np.zeros(len(ids)), None, True))
+        entropy = torch.distributions.Categorical(logits=logits.double()).entropy().numpy()
+        expected = peak_anchors(entropy, np.ones(len(ids), dtype=np.bool_), chunks=2, chunk_tokens=3)
+        np.testing.assert_array_equal(unpack_ids(rollout.anchors, "anchors"), expected)
+
+
 async def test_a_rollout_process_samples_student_and_teacher_with_two_engines(tmp_path: Path) -> None:
+    """The student says its part of all responses by a model beside the engines, which moves as they do."""
     write_model(tmp_path / "teacher", seed=50)
     store = PolicyStore(tmp_path / "policy")
     publish(store, 0)
     with EmbeddedServer(tmp_path) as server, Processes() as processes:
-        path = write_run(tmp_path, server.url, 'sampler = "teacher:big"\nstudent_fraction = 0.5')
+        path = write_run(tmp_path, server.url, 'sampler = "teacher:big"\nstudent_fraction = 0.5', AUDIT)
         async with Queue(
             server.url, "tutelage", max_queued_tokens=100_000, lease=LeaseSettings(heartbeat=1.0)
         ) as queue:
@@ -442,6 +467,7 @@ async def test_a_rollout_process_samples_student_and_teacher_with_two_engines(tm
                     assert group.policy_version == version
                     by_student = group.sampled_by == "student"
                     assert_group(student if by_student else make_model(50), student, group)
+                    assert_anchors(student, group)
             process.terminate()
             await asyncio.to_thread(process.join, 30)
             assert process.exitcode == 0, tail(tmp_path / "sampler.log")
