@@ -63,12 +63,12 @@ def check_objective(
     if student is not None and plan.student_candidates > student.vocab_size:
         wanted, has = plan.student_candidates, student.vocab_size
         yield Finding("fail", "objective", f"objective.k: got {wanted}, the student has {has} tokens")
-    asked = {*plan.scoring_teachers, config.sampling.sampler.removeprefix("teacher:")}
+    busy = {*plan.scoring_teachers, config.sampling.sampler.removeprefix("teacher:")}
     for teacher, allowed in limits.items():
         problems = check_limits(plan, teacher, allowed)
         for problem in problems:
             yield Finding("fail", f"teacher {teacher}", problem)
-        if teacher not in asked:
+        if teacher not in busy:
             yield Finding("warn", f"teacher {teacher}", "nothing asks it; is a view's name misspelt?")
         elif not problems:
             words = "judges" if teacher == plan.judge else f"top_k up to {allowed.max_top_k}"
