@@ -22,7 +22,8 @@ from typer.testing import CliRunner
 from launcher.cli import app
 from services.teacher.settings import TeacherSettings
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -38,20 +39,35 @@ def json_after(command: str) -> str:
     return match[1]
 
 
-def test_the_python_snippet_scores(teacher: TeacherProcess) -> None:
-    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def output_of_python_in(document: str, teacher: TeacherProcess) -> str:
+    (snippet,) = re.findall(r"```python\n(.*?)```", document, re.DOTALL)
     script = snippet.replace("127.0.0.1:50051", teacher.grpc)
-    result = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
+
+
+def test_the_python_snippet_scores(teacher: TeacherProcess) -> None:
+    output = output_of_python_in(README, teacher)
+    assert "Identity(name='fake'" in output
+    assert "(3, 8) (3, 2) [ True  True  True]" in output
+
+
+def test_the_python_snippet_of_the_api_scores_all_but_the_sequence_that_cannot_be(
+    teacher: TeacherProcess,
+) -> None:
+    first, second, refused = output_of_python_in((ROOT / "docs/api.md").read_text(), teacher).splitlines()
+    assert (first[:5], second[:5]) == ("0 [-1", "1 [-1")
+    assert refused == (
+        "2 INVALID_ARGUMENT sequences[2].response_ids: got ids from -5 to 26, allowed are 0 to 31999"
     )
-    assert "Identity(name='fake'" in result.stdout
-    assert "(3, 8) (3, 2) [ True  True  True]" in result.stdout
 
 
 def test_the_curl_body_scores(teacher: TeacherProcess) -> None:
-    body = json.loads(json_after("curl -s http://127.0.0.1:8081/v1/score"))
-    answer = httpx.post(f"{teacher.http}/v1/score", json=body, timeout=30).raise_for_status().json()
-    assert (answer["sequences"][0]["num_positions"], answer["sequences"][0]["top_k"]) == (2, 4)
+    command = "curl -s 'http://127.0.0.1:8081/v1/score?arrays=list'"
+    body, address = json.loads(json_after(command)), f"{teacher.http}/v1/score?arrays=list"
+    answer = httpx.post(address, json=body, timeout=30).raise_for_status().json()
+    assert [len(ids) for ids in answer["sequences"][0]["top_ids"]] == [4, 4]
 
 
 def test_the_grpcurl_body_scores(teacher: TeacherProcess) -> None:
