@@ -166,6 +166,31 @@ def test_a_judge_is_looked_at_as_one(root: Path) -> None:
     assert any("the reward is what big judges" in line for line in lines(result, "ok")), result.output
 
 
+def test_a_writer_is_looked_at_as_one(root: Path) -> None:
+    """Its tokenizer is not the student's, and it is asked for no more continuations than it writes."""
+    writer = f'model = "{root}/stranger"\n[teachers.big.writer]\nmax_continuations = 4\n'
+    text = RUN_FILE.format(
+        root=root, queue="embedded", teacher=writer, data='task = "addition"', max_new_tokens=8, k=4
+    )
+    head, _, tail = text.partition("[objective]")
+    path = root / "written.toml"
+
+    def said(level: str, continuations: int) -> list[str]:
+        objective = (
+            "[objective]\npreset = 'omniopd'\nk = 4\n[objective.audit]\nteacher = 'big'\nchunk_tokens = 2\n"
+        )
+        objective += f"continuations = {continuations}\n"
+        path.write_text(f"{head}{objective}[training]{tail.partition('[training]')[2]}")
+        result = CliRunner().invoke(app, ["doctor", str(path)], env={"COLUMNS": "400"})
+        assert (result.exit_code == 1) == bool(lines(result, "fail")), result.output
+        return lines(result, level)
+
+    assert said("fail", 4) == []
+    assert any("big writes 4 continuations" in line for line in said("ok", 4))
+    (refused,) = said("fail", 5)
+    assert "objective.audit.continuations: got 5" in refused
+
+
 def test_hidden_states_need_layers_and_a_width_that_both_have(root: Path) -> None:
     def said(layer: int, teacher: str) -> list[str]:
         hidden = f"[objective.hidden]\nlayers = [{layer}]"

@@ -71,10 +71,14 @@ def ids(text: str) -> list[int]:
 
 
 def asked(
-    responses: list[str], anchors: list[list[int]], size: int = 2, signal: Signal | None = None
+    responses: list[str],
+    anchors: list[list[int]],
+    size: int = 2,
+    signal: Signal | None = None,
+    prompt: str = "1+1",
 ) -> ScoreRequest:
     return codec.build_request(
-        [ids("1+1")],
+        [ids(prompt)],
         [ids(text) for text in responses],
         anchors=anchors,
         signal=signal or writing(3, size),
@@ -128,16 +132,20 @@ async def test_texts_become_numbers_or_an_error_and_each_response_stands_alone(e
 async def test_vllm_samples_the_same_again_and_differs_among_continuations(
     writers: Writers, tmp_path: Path
 ) -> None:
-    """With a writer that may say anything; what is drawn depends on the request alone."""
+    """With a writer that may say anything; what is drawn depends on the request alone.
+
+    The prompts that wait are several times what a step computes, and each has a seed.
+    """
     pytest.importorskip("vllm", reason="vLLM is not installed")
     model = save_random_writer(tmp_path / "random")
     settings = WriterSettings(user="{prompt}=", temperature=1.5, tokenizer=str(writers.tokenizer))
     own = {"writer": settings}
     async with run_vllm(model, engine=own, max_num_batched_tokens=POSITIONS) as engine:
         responses, anchors = ["a+b=12a+b=12", "gfedcba0123"], [[0, 4, 8], [0, 4]]
-        many = [asked(responses, anchors, 3, writing(n, 3)) for n in (1, 16, 16)]
+        prompt = "1+2=3,4" * 9
+        many = [asked(responses, anchors, 3, writing(n, 3), prompt) for n in (1, 16, 16)]
         one, first, again = [agreements(await engine.score(request)) for request in many]
-        reverse = await engine.score(asked(responses[::-1], anchors[::-1], 3, writing(16, 3)))
+        reverse = await engine.score(asked(responses[::-1], anchors[::-1], 3, writing(16, 3), prompt))
         residue = await engine.residue()
     assert again == first == agreements(reverse)[::-1]
     thirds = np.array([value for row in first for value in row or []]) * 16 * 3
