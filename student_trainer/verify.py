@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from math import inf, isclose, nan
 
 import numpy as np
-import numpy.typing as npt
 import structlog
 from tutelage.v1.rollout_pb2 import Group, Rollout
 from tutelage_client.codec import identity_from_proto, score_from_proto, unpack_ids
@@ -19,89 +18,24 @@ from tutelage_client.errors import TutelageError
 from tutelage_client.types import PAD_ID, Identity, Int32Array, SequenceScore, Signal
 
 from services.queue import ScoredGroup
-from student_trainer.ledger import DropReason, TeacherPin
-from student_trainer.lineage import Lineage, from_proto
+from student_trainer.ledger import TeacherPin
+from student_trainer.lineage import from_proto
 from student_trainer.objective.compile import Plan
 from student_trainer.objective.plan import AUDIT, JUDGE
-from student_trainer.sampler.settings import GUIDED, STUDENT
+from student_trainer.sampler.settings import GUIDED
+from student_trainer.training_group import RefusedGroupError, TrainingGroup, TrainingRollout, wrong_shape
+from student_trainer.verify_words import (
+    audited,
+    first_error,
+    judged,
+    read_anchors,
+    verify_agreement,
+    verify_judgement,
+)
 
-Float32Array = npt.NDArray[np.float32]
+__all__ = ["Expectations", "RefusedGroupError", "TrainingGroup", "TrainingRollout", "verify_group"]
 
 log = structlog.get_logger(__name__)
-
-
-class RefusedGroupError(Exception):
-    """A group that must not be trained on."""
-
-    def __init__(self, reason: DropReason, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-        self.message = message
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingRollout:
-    """One response of R tokens with the scores of its views: all that the plan needs, or all there are.
-
-    `marked` says whether every view with templates had a context of its own for it, `guided` whether the
-    student sampled it under [sampling] context.
-    """
-
-    response_ids: Int32Array  # [R]
-    behaviour_logprobs: Float32Array  # [R]
-    candidate_ids: Int32Array | None  # [R, C], PAD_ID where there is none
-    reward: float | None
-    scores: Mapping[str, SequenceScore]
-    marked: bool = True
-    auxiliary_ids: Int32Array | None = None  # [P'], context of the plan's auxiliary loss
-    guided: bool = False
-    anchors: Int32Array | None = None  # [F], where each audited chunk begins, ascending
-    agreement: Float32Array | None = None  # [F], the writer's; None where it said nothing
-
-    @property
-    def length(self) -> int:
-        return len(self.response_ids)
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingGroup:
-    """The rollouts of one prompt that passed every check.
-
-    `rewards` are those of all rollouts of the prompt, also of rollouts left out for want of a
-    score, because a reward's advantage is relative to the whole group; `places` are the positions
-    of `rollouts` among them.
-    """
-
-    id: str
-    index: int
-    policy_version: int
-    prompt_ids: Int32Array  # [P]
-    prompt_text: str
-    sampled_by: str
-    rollouts: tuple[TrainingRollout, ...]
-    places: tuple[int, ...]
-    rewards: tuple[float | None, ...]
-    lineage: Lineage = ()  # of the policy version
-    distance: int = 0  # updates between the weights that sampled it and those it trains; set on collection
-    score_seconds: float = 0.0  # what the engines spent on it
-    traceparent: str = ""  # W3C, of its rollout
-    view_weights: Mapping[str, float] = field(default_factory=dict)  # factors of coefficients; 1 where absent
-    missing_views: tuple[str, ...] = ()  # those that did not score every rollout
-    scored_by: Mapping[str, Identity] = field(default_factory=dict)  # by view
-
-    def sampled_as_trained(self, rollout: TrainingRollout) -> bool:
-        """Whether one of its rollouts is the student's own, under the prompt that it is trained on."""
-        return self.sampled_by in (STUDENT, GUIDED) and not rollout.guided
-
-    @property
-    def num_tokens(self) -> int:
-        """Response tokens."""
-        return sum(rollout.length for rollout in self.rollouts)
-
-    @property
-    def num_scores(self) -> int:
-        """Response tokens times the views that scored them."""
-        return sum(rollout.length * len(rollout.scores) for rollout in self.rollouts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,9 +76,9 @@ def verify_group(
         prompt_ids, rollouts = _verify_rollouts(group, expected)
         scores = {view: _verify_view(view, scored, rollouts, expected, pins) for view in asked}
         if plan.judge is not None:
-            rollouts = _judged(rollouts, _verify_view(JUDGE, scored, rollouts, expected, pins))
+            rollouts = judged(rollouts, _verify_view(JUDGE, scored, rollouts, expected, pins))
         if plan.audit is not None:
-            rollouts = _audited(rollouts, _verify_view(AUDIT, scored, rollouts, expected, pins))
+            rollouts = audited(rollouts, _verify_view(AUDIT, scored, rollouts, expected, pins))
     except TutelageError as error:
         raise RefusedGroupError("shape", error.message) from error
     found = [
@@ -155,7 +89,7 @@ def verify_group(
     long = _too_long(rollouts, expected.max_positions)
     places = tuple(i for i, views in enumerate(found) if len(views) >= needed and i not in long)
     if long or any(len(views) < len(asked) for views in found):
-        why = next(iter(long.values()), "") or _first_error(scores)
+        why = next(iter(long.values()), "") or first_error(scores)
         if not places:
             raise RefusedGroupError("no_score", f"no rollout was scored: {why}")
         log.warning("responses lack scores", left_out=len(rollouts) - len(places), why=why)
@@ -178,35 +112,28 @@ def verify_group(
     )
 
 
-def _first_error(scores: Mapping[str, tuple[SequenceScore, ...]]) -> str:
-    return next(
-        f"view {view!r}: {answer.error.code}: {answer.error.message}"
-        for view, answers in scores.items()
-        for answer in answers
-        if answer.error is not None
-    )
-
-
 def _view_weights(group: Group, plan: Plan) -> dict[str, float]:
     weights = {view: group.view_weights.get(view, nan) for view in plan.weight_fields}
     for view, weight in weights.items():
         if not 0 <= weight < inf:
-            raise _shape(f"view_weights[{view!r}]: got {weight}, expected a finite factor of at least 0")
+            raise wrong_shape(f"view_weights[{view!r}]: got {weight}, expected a finite factor of at least 0")
     return weights
 
 
 def _verify_rollouts(group: Group, expected: Expectations) -> tuple[Int32Array, list[TrainingRollout]]:
     if group.run != expected.run or group.id != f"{expected.run}-{group.index}":
-        raise _shape(f"group id: got {group.id!r} of run {group.run!r} for index {group.index}")
+        raise wrong_shape(f"group id: got {group.id!r} of run {group.run!r} for index {group.index}")
     if not isclose(group.temperature, expected.sampling_temperature, rel_tol=1e-6):
-        raise _shape(f"temperature: sampled at {group.temperature}, expected {expected.sampling_temperature}")
+        raise wrong_shape(
+            f"temperature: sampled at {group.temperature}, expected {expected.sampling_temperature}"
+        )
     prompt_ids = unpack_ids(group.prompt_ids, "prompt_ids")
     _check_ids("prompt_ids", prompt_ids, expected.vocab_size)
     if not group.rollouts:
-        raise _shape("rollouts: there is none")
+        raise wrong_shape("rollouts: there is none")
     if any(rollout.guided for rollout in group.rollouts) != (group.sampled_by == GUIDED):
         guided = [place for place, rollout in enumerate(group.rollouts) if rollout.guided]
-        raise _shape(f"rollouts: {guided} are guided in a group sampled by {group.sampled_by!r}")
+        raise wrong_shape(f"rollouts: {guided} are guided in a group sampled by {group.sampled_by!r}")
     return prompt_ids, [_decode_rollout(i, rollout, expected) for i, rollout in enumerate(group.rollouts)]
 
 
@@ -215,7 +142,7 @@ def _decode_rollout(place: int, rollout: Rollout, expected: Expectations) -> Tra
     response_ids = unpack_ids(rollout.response_ids, f"{name}.response_ids")
     _check_ids(f"{name}.response_ids", response_ids, expected.vocab_size)
     if len(rollout.behaviour_logprobs) != 4 * len(response_ids):
-        raise _shape(
+        raise wrong_shape(
             f"{name}.behaviour_logprobs: got {len(rollout.behaviour_logprobs)} bytes for "
             f"{len(response_ids)} response tokens"
         )
@@ -228,24 +155,8 @@ def _decode_rollout(place: int, rollout: Rollout, expected: Expectations) -> Tra
         marked=_marked(name, rollout, expected.plan),
         auxiliary_ids=_auxiliary(name, rollout, expected),
         guided=rollout.guided,
-        anchors=_anchors(name, rollout, len(response_ids), expected.plan),
+        anchors=read_anchors(name, rollout, len(response_ids), expected.plan),
     )
-
-
-def _anchors(name: str, rollout: Rollout, length: int, plan: Plan) -> Int32Array | None:
-    """Where chunks are audited; none overlaps another, or reaches past the end."""
-    if plan.audit is None:
-        return None
-    if not rollout.HasField("anchors"):
-        raise _shape(f"{name}.anchors: missing, and the objective audits responses")
-    anchors, size = unpack_ids(rollout.anchors, f"{name}.anchors"), plan.audit.chunk_tokens
-    apart = np.diff(anchors, prepend=-size, append=length)
-    if len(anchors) > plan.audit.chunks or (len(anchors) and apart.min() < size):
-        raise _shape(
-            f"{name}.anchors: got {anchors.tolist()}, expected at most {plan.audit.chunks}, ascending, "
-            f"{size} tokens apart and from the end of {length}"
-        )
-    return anchors
 
 
 def _auxiliary(name: str, rollout: Rollout, expected: Expectations) -> Int32Array | None:
@@ -282,7 +193,7 @@ def _marked(name: str, rollout: Rollout, plan: Plan) -> bool:
     own, templated = set(rollout.privileged_views), set(plan.contexts)
     strict = {view for view, missing in plan.missing.items() if missing == "error"}
     if not strict <= own <= templated:
-        raise _shape(
+        raise wrong_shape(
             f"{name}.privileged_views: got {sorted(own)}, expected {sorted(strict)} of {sorted(templated)}"
         )
     return own == templated
@@ -293,12 +204,12 @@ def _candidates(name: str, rollout: Rollout, length: int, expected: Expectations
     if not wanted:
         return None
     if rollout.num_candidates < 1 or rollout.num_candidates > wanted:
-        raise _shape(f"{name}.num_candidates: got {rollout.num_candidates}, expected 1 to {wanted}")
+        raise wrong_shape(f"{name}.num_candidates: got {rollout.num_candidates}, expected 1 to {wanted}")
     ids = unpack_ids(rollout.candidate_ids, f"{name}.candidate_ids", rollout.num_candidates)
     if len(ids) != length:
-        raise _shape(f"{name}.candidate_ids: got {len(ids)} rows for {length} response tokens")
+        raise wrong_shape(f"{name}.candidate_ids: got {len(ids)} rows for {length} response tokens")
     if ids.min() < PAD_ID or ids.max() >= expected.vocab_size:
-        raise _shape(f"{name}.candidate_ids: got ids from {ids.min()} to {ids.max()}")
+        raise wrong_shape(f"{name}.candidate_ids: got ids from {ids.min()} to {ids.max()}")
     return ids
 
 
@@ -312,7 +223,7 @@ def _verify_view(
     """One entry per rollout, in their order; identity first, so that a wrong teacher is called that."""
     response = scored.scores.get(view)
     if response is None:
-        raise _shape(f"view {view!r}: there is no score")
+        raise wrong_shape(f"view {view!r}: there is no score")
     _, signal = expected.plan.requests[view]
     score = score_from_proto(response)
     teacher = _verify_teacher(view, score.identity, scored.group.tag, expected.plan)
@@ -321,16 +232,16 @@ def _verify_view(
     if teacher not in expected.channels:  # whose weights are checked when the group is taken
         _verify_pin(teacher, score.identity, pins)
     if len(score.sequences) != len(rollouts):
-        raise _shape(f"view {view!r}: got {len(score.sequences)} scores for {len(rollouts)} rollouts")
+        raise wrong_shape(f"view {view!r}: got {len(score.sequences)} scores for {len(rollouts)} rollouts")
     verified = []
     for place, (found, rollout) in enumerate(zip(score.sequences, rollouts, strict=True)):
         where = f"view {view!r}, rollouts[{place}]"
         if found.id != str(place):
-            raise _shape(f"{where}: got the score of sequence {found.id!r}")
+            raise wrong_shape(f"{where}: got the score of sequence {found.id!r}")
         if found.error is None and signal.judgement:
-            _verify_judgement(where, found)
+            verify_judgement(where, found)
         elif found.error is None and signal.continuations:
-            _verify_agreement(where, found, rollout)
+            verify_agreement(where, found, rollout)
         elif found.error is None:
             _verify_arrays(where, found, rollout, signal)
             _verify_hidden(where, found, len(signal.hidden_layers), expected.hidden_size)
@@ -382,14 +293,14 @@ def _restrict_support(where: str, score: SequenceScore, vocab_size: int) -> Sequ
     ids = np.where(score.valid[:, None], score.top_ids, PAD_ID)
     ordered = np.sort(ids, axis=1)
     if ordered.min() < PAD_ID or ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != PAD_ID)).any():
-        raise _shape(f"{where}.top_ids: an id is negative or appears twice at a position")
+        raise wrong_shape(f"{where}.top_ids: an id is negative or appears twice at a position")
     return replace(score, top_ids=np.where(ids < vocab_size, ids, PAD_ID))
 
 
 def _verify_arrays(where: str, score: SequenceScore, rollout: TrainingRollout, signal: Signal) -> None:
     rows = rollout.length
     if score.valid is None or len(score.valid) != rows:
-        raise _shape(f"{where}.valid: got {score.num_positions} positions for {rows} response tokens")
+        raise wrong_shape(f"{where}.valid: got {score.num_positions} positions for {rows} response tokens")
     candidates = rollout.candidate_ids
     expected_shapes = {
         "sampled": (rows,) if signal.sampled else None,
@@ -401,7 +312,7 @@ def _verify_arrays(where: str, score: SequenceScore, rollout: TrainingRollout, s
     for name, shape in expected_shapes.items():
         array = getattr(score, name)
         if shape is not None and (array is None or array.shape != shape):
-            raise _shape(
+            raise wrong_shape(
                 f"{where}.{name}: got shape {None if array is None else array.shape}, expected {shape}"
             )
 
@@ -412,61 +323,13 @@ def _verify_hidden(where: str, score: SequenceScore, layers: int, size: int) -> 
         return
     wanted, got = (score.num_positions, layers, size), None if score.hidden is None else score.hidden.shape
     if got != wanted:
-        raise _shape(f"{where}.hidden: got shape {got}, the student's states are {wanted}")
-
-
-def _verify_judgement(where: str, score: SequenceScore) -> None:
-    if score.judgement is None or not 0 <= score.judgement <= 1 or score.valid is not None:
-        raise _shape(f"{where}.judgement: got {score.judgement}, expected a number from 0 to 1, alone")
-
-
-def _verify_agreement(where: str, score: SequenceScore, rollout: TrainingRollout) -> None:
-    found, chunks = score.agreement, 0 if rollout.anchors is None else len(rollout.anchors)
-    if found is None or found.shape != (chunks,) or score.valid is not None:
-        got = None if found is None else found.shape
-        raise _shape(f"{where}.agreement: got shape {got}, expected ({chunks},), alone")
-    if not ((found >= 0) & (found <= 1)).all():
-        raise _shape(f"{where}.agreement: got {found.tolist()}, expected numbers from 0 to 1")
-
-
-def _judged(rollouts: list[TrainingRollout], answers: tuple[SequenceScore, ...]) -> list[TrainingRollout]:
-    """The rollouts with their judgements for rewards; none where the judge said nothing that can be read."""
-    if all(answer.error is not None for answer in answers):
-        raise RefusedGroupError("no_score", f"no rollout was judged: {_first_error({JUDGE: answers})}")
-    silent = sum(answer.error is not None for answer in answers)
-    if silent:
-        log.warning("responses without a judgement", count=silent, why=_first_error({JUDGE: answers}))
-    return [
-        replace(rollout, reward=answer.judgement) for rollout, answer in zip(rollouts, answers, strict=True)
-    ]
-
-
-def _audited(rollouts: list[TrainingRollout], answers: tuple[SequenceScore, ...]) -> list[TrainingRollout]:
-    """The rollouts with the writer's agreement; where it said nothing their chunks are not trained on."""
-    asked = [
-        answer
-        for rollout, answer in zip(rollouts, answers, strict=True)
-        if rollout.anchors is not None and len(rollout.anchors)
-    ]
-    silent = tuple(answer for answer in asked if answer.error is not None)
-    if silent and len(silent) == len(asked):
-        raise RefusedGroupError("no_score", f"no rollout was audited: {_first_error({AUDIT: silent})}")
-    if silent:
-        log.warning("responses without an audit", count=len(silent), why=_first_error({AUDIT: silent}))
-    return [
-        replace(rollout, agreement=answer.agreement)
-        for rollout, answer in zip(rollouts, answers, strict=True)
-    ]
+        raise wrong_shape(f"{where}.hidden: got shape {got}, the student's states are {wanted}")
 
 
 def _check_ids(name: str, ids: Int32Array, vocab_size: int) -> None:
     if not len(ids):
-        raise _shape(f"{name}: is empty")
+        raise wrong_shape(f"{name}: is empty")
     if ids.min() < 0 or ids.max() >= vocab_size:
-        raise _shape(
+        raise wrong_shape(
             f"{name}: got ids from {ids.min()} to {ids.max()}, the student's vocabulary has {vocab_size}"
         )
-
-
-def _shape(message: str) -> RefusedGroupError:
-    return RefusedGroupError("shape", message)
