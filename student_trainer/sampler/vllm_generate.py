@@ -56,6 +56,7 @@ class VllmGenerator:
             dtype=dtype,
             revision=revision,
             head_dtype="model",
+            seeded=True,
         )
 
     def generate(

@@ -229,6 +229,17 @@ def test_candidates_are_the_models_most_probable_ids_in_order(sampler: Sampler, 
     assert sampler.generate(rows[:1])[0].candidate_ids is None
 
 
+def test_prompts_that_are_more_than_a_step_computes_wait_for_the_next(sampler: Sampler) -> None:
+    random = np.random.default_rng(4)
+    most = sampler.generator.engine.facts.max_num_batched_tokens
+    rows = [
+        Row(random.integers(2, MODEL_ROWS, size=145, dtype=np.int32), group, 0)
+        for group in range(most // 145 + 2)
+    ]
+    responses = sampler.generate(rows)
+    assert_recorded(make_model(0), rows, responses)
+
+
 def test_a_row_is_the_same_in_another_batch_and_samples_differ(sampler: Sampler) -> None:
     rows = make_rows(samples=8)
     together = sampler.generate(rows)
