@@ -146,12 +146,23 @@ async def test_vllm_samples_the_same_again_and_differs_among_continuations(
         many = [asked(responses, anchors, 3, writing(n, 3), prompt) for n in (1, 16, 16)]
         one, first, again = [agreements(await engine.score(request)) for request in many]
         reverse = await engine.score(asked(responses[::-1], anchors[::-1], 3, writing(16, 3), prompt))
+        steps = engine.counters.steps
+        long = asyncio.create_task(engine.score(asked(["0" * 200], [[0, 50, 100]], 50, writing(16, 50))))
+        async with asyncio.timeout(30):
+            while engine.counters.steps < steps + 3:  # noqa: ASYNC110 - the thread tells nobody of a step
+                await asyncio.sleep(0.001)
+        assert not long.done()
+        long.cancel()
         residue = await engine.residue()
-    assert again == first == agreements(reverse)[::-1]
+        taken = engine.counters.steps - steps
+        after = agreements(await engine.score(many[1]))
+    assert again == first == after == agreements(reverse)[::-1]
     thirds = np.array([value for row in first for value in row or []]) * 16 * 3
     assert len(set(thirds.tolist())) > 2, "equal numbers would prove little"
     assert (np.round(thirds) % 16 > 0).any(), "of 16 equal texts the mean would be of thirds"
     assert one != first
+    assert engine.counters.withdrawn == 1
+    assert taken < 50, "48 continuations of 50 tokens were given up"
     assert (residue.requests, residue.worker_requests, residue.blocks) == (0, 0, 0)
 
 
