@@ -38,7 +38,8 @@ def test_every_preset_compiles_and_says_where_it_comes_from(name: str) -> None:
     assert preset.name == name
     assert len(preset.source) > 20
     named = [view["weights"].partition(":")[2] for view in preset.objective.get("views", {}).values()]
-    teachers = tuple(filter(None, named)) or ("big",)
+    writers = (required(name)["audit"]["teacher"],) if "audit.teacher" in preset.requires else ()
+    teachers = (tuple(filter(None, named)) or ("big",)) + writers
     assert plan_of(preset=name, teachers=teachers, **required(name)).preset == name
 
 
