@@ -71,7 +71,8 @@ def check_objective(
         if teacher not in busy:
             yield Finding("warn", f"teacher {teacher}", "nothing asks it; is a view's name misspelt?")
         elif not problems:
-            words = "judges" if teacher == plan.judge else f"top_k up to {allowed.max_top_k}"
+            beside = {plan.judge: "judges", None if audit is None else audit.teacher: "writes"}
+            words = beside.get(teacher, f"top_k up to {allowed.max_top_k}")
             yield Finding("ok", f"teacher {teacher}", f"serves the objective ({words})")
         longest = config.sampling.max_new_tokens
         if longest >= allowed.max_sequence_tokens:

@@ -388,5 +388,7 @@ def test_doctor_says_what_the_writer_will_be_asked() -> None:
     assert [f.message for f in findings if f.level == "fail"] == [
         "objective.audit.teacher: teacher 'writer' is no writer"
     ]
+    served = check_objective(run, {"writer": Limits(max_continuations=N)})
+    assert [f.message for f in served if f.subject == "teacher writer"] == ["serves the objective (writes)"]
     alone = config({"mix": "route", "distill_coefficient": 0.0, "audit": AUDIT}, writer={})
     assert "an audit alone" in next(iter(check_objective(alone, {}))).message
