@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
+import shutil
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from itertools import product
@@ -18,11 +20,12 @@ from support.judges import JUDGED
 from support.writers import save_random_writer, similarity, writing
 from transformers import AutoModelForCausalLM
 from tutelage_client import codec
+from tutelage_client.errors import TutelageError
 from tutelage_client.types import Score, ScoreRequest
 
 from services.models.writer_settings import WriterSettings
-from services.teacher.engines import writer as engine_file
 from services.teacher.engines.transformers import TransformersEngine
+from services.teacher.engines.writer import WriterScorer
 from student_trainer.tasks.characters import MODEL_ROWS, character_tokenizer
 
 OWN = character_tokenizer(JUDGED)
@@ -122,7 +125,8 @@ async def test_an_answer_depends_on_the_request_alone(
     assert agreements(again) == first
     assert agreements(backwards)[::-1] == first
     assert [agreements(single)[0] for single in singles] == first
-    monkeypatch.setattr(engine_file, "CACHE_TOKENS", 40)
+    assert isinstance(engine._scorer, WriterScorer)
+    monkeypatch.setattr(engine._scorer.generator, "_batch_tokens", 40)
     assert agreements(await engine.score(asked(responses, anchors, 60, 2))) == first
     assert len({value for row in first for value in row}) > 3, "equal numbers would prove little"
     other = agreements(await engine.score(asked(responses, anchors, 60, 2, prompt="1+2")))
@@ -145,6 +149,18 @@ async def test_nobody_elses_random_numbers_are_used(engine: TransformersEngine) 
     before = torch.get_rng_state()
     await engine.score(asked(["a+b=12"], [[0, 2]], 5, 2))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+async def test_a_model_that_ends_nothing_does_not_start(directory: Path, tmp_path: Path) -> None:
+    shutil.copytree(directory, tmp_path / "endless")
+    (tmp_path / "endless" / "generation_config.json").write_text("{}")
+    for name in ("config.json", "tokenizer_config.json"):
+        file = tmp_path / "endless" / name
+        settings = json.loads(file.read_text())
+        file.write_text(json.dumps({k: v for k, v in settings.items() if not k.startswith("eos_token")}))
+    with pytest.raises(TutelageError, match="what writes needs an end token"):
+        async with run_engine(tmp_path / "endless", writer=SETTINGS):
+            pass
 
 
 async def test_work_is_counted_and_what_is_not_audited_costs_nothing(engine: TransformersEngine) -> None:

@@ -226,7 +226,7 @@ class TransformersEngine:
         if isinstance(self._text, JudgeSettings):
             return JudgeScorer(loaded, Judge(self._text, loaded.tokenizer, positions=positions))
         if self._text is not None:
-            return WriterScorer(loaded, Writer(self._text, loaded.tokenizer, positions=positions))
+            return WriterScorer.of(loaded, Writer(self._text, loaded.tokenizer, positions=positions))
         return PackedScorer(loaded, ScoringHead(loaded.head.cast(self._head_type(loaded))))
 
     def _head_type(self, loaded: LoadedModel) -> torch.dtype:

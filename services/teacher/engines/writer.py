@@ -25,6 +25,16 @@ class WriterScorer:
 
     loaded: LoadedModel
     teacher: Writer
+    generator: TransformersGenerator
+
+    @classmethod
+    def of(cls, loaded: LoadedModel, teacher: Writer) -> WriterScorer:
+        """INVALID_ARGUMENT for a model that has no end token, or cannot be sampled with a cache."""
+        ends = end_tokens(loaded.model.generation_config, loaded.tokenizer)
+        generator = TransformersGenerator(
+            loaded.model, end_ids=ends, batch_size=CACHE_TOKENS, batch_tokens=CACHE_TOKENS
+        )
+        return cls(loaded, teacher, generator)
 
     @torch.inference_mode()
     def score(self, batch: list[Unit]) -> BatchScores:
@@ -56,16 +66,12 @@ class WriterScorer:
 
     def _continuations(self, chunks: list[Chunk], count: int) -> list[list[list[int]]]:
         """[F][N] ids, without the token that ended one."""
-        ends = end_tokens(self.loaded.model.generation_config, self.loaded.tokenizer)
-        generator = TransformersGenerator(
-            self.loaded.model, end_ids=ends, batch_size=CACHE_TOKENS, batch_tokens=CACHE_TOKENS
-        )
         rows = [
             Row(np.array(chunk.prefix, dtype=np.int32), chunk.number, sample)
             for chunk in chunks
             for sample in range(count)
         ]
-        responses = generator.generate(
+        responses = self.generator.generate(
             rows,
             seed=0,  # the chunk's number is a hash of all that matters
             temperature=self.teacher.settings.temperature,
