@@ -15,7 +15,7 @@ from launcher.cli_errors import one_line_errors
 from launcher.cli_look import exporter, status, views
 from launcher.cli_score import sample, score
 from launcher.cli_teacher import PASSES_OPTIONS_ON, teacher
-from launcher.queue_address import PASSWORD_BELONGS, QUEUE_URL_VARIABLE, given_queue_url
+from launcher.queue_address import PASSWORD_BELONGS, QUEUE_URL_VARIABLE, embedded_is_ups, given_queue_url
 from services.exit_status import end_here
 
 app = typer.Typer(
@@ -164,7 +164,9 @@ def rollout(
         )
         from student_trainer.sampler.process import main as sampler
 
-        raise typer.Exit(sampler(config, name))
+        with embedded_is_ups(config):
+            status = sampler(config, name)
+        raise typer.Exit(status)
 
 
 @app.command(rich_help_panel=PIECES)
@@ -208,7 +210,7 @@ def train(
         from launcher.self_teachers import scoring_in_process
         from student_trainer.train import main as trainer
 
-        with scoring_in_process(config):
+        with embedded_is_ups(config), scoring_in_process(config):
             status = trainer(config, unfinished_status)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             end_here(status)  # torchrun would take an abort after the end for a failure of the run

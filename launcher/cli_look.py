@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from launcher.cli_errors import one_line_errors
-from launcher.queue_address import PASSWORD_BELONGS, QUEUE_URL_VARIABLE, given_queue_url
+from launcher.queue_address import PASSWORD_BELONGS, QUEUE_URL_VARIABLE, embedded_is_ups, given_queue_url
 
 if TYPE_CHECKING:
     from student_trainer.config import RunConfig
@@ -116,8 +116,8 @@ def status(
             heartbeat_seconds = config.queue.heartbeat_seconds
         from launcher.status import watch
 
-        raise typer.Exit(
-            watch(
+        with embedded_is_ups(config):
+            ended = watch(
                 url,
                 namespace,
                 heartbeat_seconds=heartbeat_seconds,
@@ -125,7 +125,7 @@ def status(
                 once=once,
                 as_json=json_,
             )
-        )
+        raise typer.Exit(ended)
 
 
 def views(

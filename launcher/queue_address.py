@@ -6,7 +6,13 @@ An address may hold a password, so a command line is no place for it; a file is 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from student_trainer.config import RunConfig
 
 QUEUE_URL_VARIABLE = "TUTELAGE_QUEUE_URL"
 QUEUE_URL_FILE_VARIABLE = "TUTELAGE_QUEUE_URL_FILE"
@@ -30,6 +36,24 @@ def given_queue_url(option: str | None = None) -> str | None:
         return queue_address(found)
     except ValueError as error:
         raise invalid(str(error)) from None
+
+
+@contextmanager
+def embedded_is_ups(config: RunConfig | None) -> Iterator[None]:
+    """Where the run's embedded queue does not answer, say whose it is; other errors pass as they are."""
+    from tutelage_client.errors import TutelageError
+
+    try:
+        yield
+    except TutelageError as error:
+        mine = config is not None and config.queue.url == "embedded"
+        if not mine or error.code != "UNAVAILABLE" or not error.message.startswith("queue server"):
+            raise
+        raise TutelageError(
+            error.code,
+            f'{error.message} [queue] url is "embedded": `tutelage up` starts that server, and does not run. '
+            "Processes started by hand need a server of their own, by --queue or [queue] url",
+        ) from error
 
 
 def _said(option: str | None) -> str | None:

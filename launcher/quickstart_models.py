@@ -148,7 +148,7 @@ def _train_one(name: str, seed: int, path: Path) -> None:
 
 
 def prepare_with_bars(directory: Path, seed: int = 0) -> tuple[Path, Path]:
-    """`prepare` with one progress bar for each model on the terminal."""
+    """`prepare` with one progress bar for each model on the terminal, elsewhere with a line before."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -158,7 +158,10 @@ def prepare_with_bars(directory: Path, seed: int = 0) -> tuple[Path, Path]:
         TextColumn("step {task.completed:.0f}/{task.total:.0f}, loss {task.fields[loss]:.3f}"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console()) as bars:
+    console = Console()
+    if not console.is_terminal:  # where bars are drawn once, at their end
+        print(f"a teacher and a student in {directory}: found, or trained now, in minutes", flush=True)
+    with Progress(*columns, console=console) as bars:
         tasks = {}
 
         def show(look: TrainingProgress) -> None:

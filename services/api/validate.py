@@ -151,8 +151,9 @@ def check_pins(pins: Pins, identity: Identity) -> None:
     for field in ("tokenizer_fingerprint", "revision", "weights_version"):
         wanted, here = getattr(pins, field), getattr(identity, field)
         if wanted is not None and wanted != here:
+            why = "; token ids would mean other text to it" if field == "tokenizer_fingerprint" else ""
             raise TutelageError(
-                "FAILED_PRECONDITION", f"pins.{field}: got {shown(wanted)}, this teacher has {here!r}"
+                "FAILED_PRECONDITION", f"pins.{field}: got {shown(wanted)}, this teacher has {here!r}{why}"
             )
     least = pins.min_weights_version
     if least is not None and identity.weights_version < least:

@@ -225,7 +225,7 @@ REQUEST_CASES = {
     "wrong tokenizer": (
         lambda r: setattr(r.pins, "tokenizer_fingerprint", "beef"),
         "FAILED_PRECONDITION",
-        "pins.tokenizer_fingerprint: got 'beef'",
+        "; token ids would mean other text to it",
     ),
     "wrong revision": (
         lambda r: setattr(r.pins, "revision", "main"),

@@ -377,6 +377,19 @@ def test_bad_input_gives_one_clear_message_and_status_2(
     assert ran.exception is None or isinstance(ran.exception, SystemExit)
 
 
+def test_an_embedded_queue_that_is_away_is_said_to_be_that_of_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run.toml").write_text(RUN_FILE)
+    ran = tutelage("status", "run.toml", "--once")
+    assert ran.exit_code != 0
+    assert "`tutelage up` starts that server, and does not run" in ran.stderr
+    ran = tutelage("status", "run.toml", "--once", "--queue", "redis://127.0.0.1:1")
+    assert "queue server redis://127.0.0.1:1" in ran.stderr
+    assert "tutelage up" not in ran.stderr
+
+
 def test_bad_input_of_the_real_command_shows_no_traceback(bad_files: Path) -> None:
     ran = process("train", "typo.toml", cwd=bad_files)
     assert (ran.returncode, ran.stdout) == (2, "")
