@@ -37,7 +37,9 @@ def reference_markdown() -> str:
         "# The run file",
         "",
         "Every section and key, generated from the code: "
-        "`python -m student_trainer.config_reference docs/configuration.md`. Unknown keys are refused.",
+        "`python -m student_trainer.config_reference docs/configuration.md`. Unknown keys are refused. "
+        "Relative paths start at the working directory; those of files in `[objective]` start at the run "
+        "file. Whole run files are in [recipes](../recipes).",
         "",
     ]
     _add_sections(RunConfig, "", sections)
