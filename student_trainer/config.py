@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from services.access import LOOPBACK, TokenCheck, TokenSettings, check_exposure
 from services.models.judge_settings import JudgeSettings
-from services.models.vllm_settings import MAX_BATCH_TOKENS, VllmSettings, check_engine
+from services.models.vllm_settings import MAX_BATCH_TOKENS, VllmSettings, check_engine, check_writer
 from services.models.writer_settings import WriterSettings
 from services.queue_address import FORM, is_queue_address
 from student_trainer.config_errors import RunFileError, describe_errors
@@ -150,6 +150,8 @@ class TeacherEntry(_Section):
         for kind, given in (("judge", self.judge), ("writer", self.writer)):
             if given is not None and (self.engine == "fake" or self.model is None):
                 raise ValueError(f"{kind}: got one, but no model that could say anything")
+        if self.writer is not None:
+            check_writer(self.engine, self.writer)
         return self
 
 

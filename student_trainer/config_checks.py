@@ -115,6 +115,14 @@ def _check_audit(config: RunConfig, plan: Plan) -> None:
                 f"[teachers.{name}.writer]: a writer answers no log-probability, and a view of the objective "
                 "asks for them; name it in [objective.audit] teacher"
             )
+        if name == writer and entry.writer is not None:
+            assert plan.audit is not None
+            most = entry.writer.max_continuations
+            if plan.audit.continuations > most:
+                raise ValueError(
+                    f"objective.audit.continuations: got {plan.audit.continuations}, allowed: 1 to {most}, "
+                    f"[teachers.{name}.writer] max_continuations"
+                )
     longest = config.sampling.max_new_tokens
     if plan.audit is not None and plan.audit.chunk_tokens > longest:
         raise ValueError(

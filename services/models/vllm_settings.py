@@ -9,6 +9,8 @@ from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from services.models.writer_settings import WriterSettings
+
 # Engine arguments that the teacher or the student names itself, above its vLLM settings.
 NAMED_ELSEWHERE = ("model", "revision", "dtype")
 # What makes a vLLM engine score, or would run a model's own code.
@@ -18,6 +20,8 @@ OURS = (
 )  # fmt: skip
 # Engine arguments that change scores although model and type stay the same.
 _CHANGE_NUMBERS = ("quantization", "kv_cache_dtype", "hf_overrides", "load_format", "lora_dtype")
+# What vLLM samples at; below the least it would silently take that, above the largest it refuses.
+TEMPERATURES = (0.01, 2.0)
 MAX_BATCH_TOKENS = 16_384  # the other engines' default, which vLLM has no use for
 
 
@@ -106,4 +110,14 @@ def check_engine(teacher: Teacher) -> None:
         raise ValueError(
             f"max_batch_tokens: got {teacher.max_batch_tokens}; with engine 'vllm' its name is "
             "max_num_batched_tokens, among the vLLM settings"
+        )
+
+
+def check_writer(engine: str, writer: WriterSettings) -> None:
+    """Raise ValueError for a temperature that the writer's engine does not sample at."""
+    least, most = TEMPERATURES
+    if engine == "vllm" and not least <= writer.temperature <= most:
+        raise ValueError(
+            f"writer.temperature: got {writer.temperature} with engine 'vllm', which samples from {least} "
+            f"to {most}"
         )

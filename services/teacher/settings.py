@@ -12,7 +12,7 @@ from tutelage_client.types import Limits
 
 from services.api.settings import ServiceSettings
 from services.models.judge_settings import JudgeSettings
-from services.models.vllm_settings import MAX_BATCH_TOKENS, VllmSettings, check_engine
+from services.models.vllm_settings import MAX_BATCH_TOKENS, VllmSettings, check_engine, check_writer
 from services.models.writer_settings import WriterSettings
 from services.queue_address import QueueAddress
 from services.teacher.cache.settings import CacheSettings
@@ -160,6 +160,8 @@ class TeacherSettings(BaseModel):
                 raise ValueError(
                     f"vllm.implementation: got 'stock', which is a way to score; a {kind} generates"
                 )
+        if self.writer is not None:
+            check_writer(self.engine, self.writer)
         return self
 
     @model_validator(mode="after")

@@ -37,7 +37,7 @@ from student_trainer.objective.preference_checks import check_preference
 from student_trainer.objective.presets import idle_fields, resolve
 from student_trainer.objective.settings import Divergence, ObjectiveError, ObjectiveSettings
 from student_trainer.objective.view_checks import check_views
-from student_trainer.objective.view_names import implied_teachers, routes, teacher_names
+from student_trainer.objective.view_names import check_scorers, implied_teachers, routes, teacher_names
 
 __all__ = ["Plan", "check_limits", "compile_plan"]
 
@@ -86,6 +86,8 @@ def compile_plan(
     asked_beside = {row.judge, None if row.audit is None else row.audit.teacher}
     scorers = [name for name in teachers if name not in asked_beside]
     names = teacher_names(row, run, scorers) if needs_teacher else {}
+    routed = routes(row, teachers) if needs_teacher else {}
+    check_scorers(names, routed, teachers, scorers)
     views = {view: row.views[view].coefficient if row.views else 1.0 for view in names}
     if needs_teacher:
         check_views(row, divergence, views)
@@ -149,7 +151,7 @@ def compile_plan(
             name: row.views[name].templates for name in names if row.views and row.views[name].templates
         },
         missing={name: view.missing for name, view in row.views.items() if name in names and view.templates},
-        routes=routes(row, teachers) if needs_teacher else {},
+        routes=routed,
         weight_fields={
             name: view.weight_field
             for name, view in row.views.items()

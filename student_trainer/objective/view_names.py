@@ -71,6 +71,35 @@ def routes(settings: ObjectiveSettings, teachers: Sequence[str]) -> dict[str, Ma
     return found
 
 
+def check_scorers(
+    names: Mapping[str, str],
+    routed: Mapping[str, Mapping[str, str]],
+    teachers: Sequence[str],
+    scorers: Sequence[str],
+) -> None:
+    """Whether nobody is asked for log-probabilities who judges or writes, and answers none.
+
+    Args:
+        names, routed: as `teacher_names` and `routes` give them.
+        scorers: those of the run's teachers that neither judge nor write.
+
+    Raises:
+        ObjectiveError: a view falls to one of the others.
+    """
+    silent = [name for name in teachers if name not in scorers]
+    for view, name in names.items():
+        for asked in sorted(set(routed[view].values())) if view in routed else [name]:
+            if asked in silent or (silent and not asked):
+                raise ObjectiveError(
+                    f"objective.views.{view}: asks {asked or ' or '.join(silent)} for log-probabilities, and "
+                    "who judges or writes answers none; allowed: "
+                    + (
+                        ", ".join(scorers)
+                        or 'a further teacher, or weights of the student\'s own ("initial")'
+                    )
+                )
+
+
 def _teacher_name(view: str, weights: str, run: str, teachers: Sequence[str]) -> str:
     where = f"objective.views.{view}.weights"
     weights = _resolved(weights, teachers)

@@ -10,11 +10,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from services.models.vllm_settings import VllmSettings
+from services.models.vllm_settings import TEMPERATURES, VllmSettings
 from student_trainer.objective.view_settings import ROLLOUT_FIELDS, ContextTemplate
-
-# What vLLM samples at; below the least it would silently take that, above the largest it refuses.
-VLLM_TEMPERATURES = (0.01, 2.0)
 
 # Who sampled a group, beside the names of other models.
 STUDENT = "student"
@@ -185,7 +182,7 @@ class SamplingSettings(BaseModel):
                 given = ", ".join(sorted(self.vllm.model_dump(exclude_defaults=True)))
                 raise ValueError(f'sampling.vllm: got {given} with engine = "{self.engine}"')
             return self
-        least, most = VLLM_TEMPERATURES
+        least, most = TEMPERATURES
         if not least <= self.temperature <= most:
             raise ValueError(
                 f'sampling.temperature: got {self.temperature} with engine = "vllm", '
