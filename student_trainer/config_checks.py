@@ -116,13 +116,13 @@ def _check_audit(config: RunConfig, plan: Plan) -> None:
                 "asks for them; name it in [objective.audit] teacher"
             )
         if name == writer and entry.writer is not None:
-            assert plan.audit is not None
-            most = entry.writer.max_continuations
-            if plan.audit.continuations > most:
-                raise ValueError(
-                    f"objective.audit.continuations: got {plan.audit.continuations}, allowed: 1 to {most}, "
-                    f"[teachers.{name}.writer] max_continuations"
-                )
+            for key in ("chunks", "continuations"):
+                got, most = getattr(plan.audit, key), getattr(entry.writer, f"max_{key}")
+                if got > most:
+                    raise ValueError(
+                        f"objective.audit.{key}: got {got}, allowed: 1 to {most}, "
+                        f"[teachers.{name}.writer] max_{key}"
+                    )
     longest = config.sampling.max_new_tokens
     if plan.audit is not None and plan.audit.chunk_tokens > longest:
         raise ValueError(

@@ -26,6 +26,7 @@ class WriterSettings(TextTeacherSettings):
     max_continuations: int = Field(
         default=16, ge=1, description="most continuations that a request may ask for at a place"
     )
+    max_chunks: int = Field(default=64, ge=1, description="most places in a response that it writes on from")
     similarity: Literal["edit"] = Field(
         default="edit",
         description="of a continuation and the response's own text: 1 − edit distance in characters / "

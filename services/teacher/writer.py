@@ -18,7 +18,7 @@ from rapidfuzz.distance import Levenshtein
 from tutelage_client.types import Int32Array, Limits, Sequence, SequenceScore, Signal
 
 from services.models.writer_settings import WriterSettings
-from services.teacher.text_teacher import TextTeacher
+from services.teacher.text_teacher import NO_SCORE, TextTeacher
 
 CUT = "\ufffd"  # what decoding makes of a part of a character
 _WINDOW = 8  # tokens before a continuation that decide how its first one is spelled
@@ -55,12 +55,16 @@ class Writer(TextTeacher[WriterSettings]):
     ) -> tuple[Chunk, ...] | SequenceScore:
         """What is audited of a sequence, [F].
 
-        An error where a text spells one of the writer's special tokens, or the model does not take it.
+        An error where a text spells one of the writer's special tokens, where the model does not take it or
+        has nothing to go on from, and where there are more chunks than the settings allow.
         """
         assert sequence.anchors is not None
-        anchors = sequence.anchors.tolist()
+        anchors, most_chunks = sequence.anchors.tolist(), self.settings.max_chunks
         if not anchors:
             return ()
+        if len(anchors) > most_chunks:  # each costs as much as the text before it
+            message = f"got {len(anchors)} chunks of a response, allowed are {most_chunks}"
+            return self.failed(sequence, "INVALID_ARGUMENT", message)
         prompt, response = self.said(context), self.said(sequence.response_ids)
         if (refused := self.refusal(sequence, prompt, response)) is not None:
             return refused
@@ -72,6 +76,8 @@ class Writer(TextTeacher[WriterSettings]):
                 for count in (anchor, anchor + signal.chunk_tokens)
             )
             prefix, text = self.asked(question, response[:begin]), response[begin:end]
+            if not prefix:
+                return self.failed(sequence, NO_SCORE, f"there is no text before position {anchor}")
             most = max(1, len(self._plain_ids(text)))
             if (failed := self.too_long(sequence, len(prefix), most)) is not None:
                 return failed

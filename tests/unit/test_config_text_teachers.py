@@ -12,7 +12,7 @@ from services.teacher.settings import TeacherSettings
 from student_trainer.config import RunConfig, parse_run_config
 from student_trainer.config_errors import RunFileError
 
-WRITER: dict[str, Any] = {"model": "w", "writer": {"max_continuations": 4}}
+WRITER: dict[str, Any] = {"model": "w", "writer": {"max_continuations": 4, "max_chunks": 12}}
 JUDGE: dict[str, Any] = {"model": "j", "judge": {}}
 AUDITED: dict[str, Any] = {"preset": "omniopd", "audit": {"teacher": "author", "continuations": 4}}
 JUDGED: dict[str, Any] = {"mix": "add", "judge": "author"}
@@ -63,14 +63,19 @@ def test_a_view_beside_them_has_a_teacher_or_weights_of_the_students() -> None:
         run_file({"author": JUDGE}, JUDGED)
 
 
-def test_an_audit_asks_for_no_more_texts_than_its_writer_writes() -> None:
-    assert run_file({"author": WRITER}, AUDITED).plan().audit is not None
-    audit = {**AUDITED["audit"], "continuations": 5}
-    with pytest.raises(
-        RunFileError,
-        match=r"objective\.audit\.continuations: got 5, allowed: 1 to 4, \[teachers\.author\.writer\] max",
-    ):
-        run_file({"author": WRITER}, {**AUDITED, "audit": audit})
+@pytest.mark.parametrize(("key", "most"), [("chunks", 12), ("continuations", 4)])
+def test_an_audit_asks_for_no_more_than_its_writer_writes(key: str, most: int) -> None:
+    for asked in (most, most + 1):
+        objective = {**AUDITED, "audit": {**AUDITED["audit"], key: asked}}
+        if asked == most:
+            assert run_file({"author": WRITER}, objective).plan().audit is not None
+            continue
+        with pytest.raises(RunFileError) as refusal:
+            run_file({"author": WRITER}, objective)
+        assert str(refusal.value) == (
+            f"run file: objective.audit.{key}: got {asked}, allowed: 1 to {most}, "
+            f"[teachers.author.writer] max_{key}"
+        )
 
 
 @pytest.mark.parametrize("temperature", [0.009, 2.1])

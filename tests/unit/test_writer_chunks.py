@@ -32,7 +32,7 @@ def chunks_of(
     prompt: str = "1+1",
     chat: bool = True,
     positions: int | None = None,
-    **settings: str,
+    **settings: str | int,
 ) -> tuple[Chunk, ...] | SequenceScore:
     writer = Writer(WriterSettings(**settings), text_tokenizer(chat=chat), positions=positions)  # type: ignore[arg-type]
     ids = spelled(response) if isinstance(response, str) else response
@@ -173,3 +173,33 @@ def test_another_question_is_another_teacher() -> None:
         Limits(max_sequences=5, max_top_k=0, max_candidates=0, entropy=False, temperature=False),
         max_continuations=3,
     )
+
+
+def test_more_chunks_than_the_settings_allow_are_an_error_of_their_sequence() -> None:
+    """Each costs a reading of all before it: without a bound one request would keep a replica for hours."""
+    allowed = chunks_of("abcdef", [0, 2, 4], 2, max_chunks=3)
+    assert isinstance(allowed, tuple)
+    assert len(allowed) == 3
+    refused = chunks_of("abcdef", [0, 2, 4], 2, max_chunks=2)
+    assert isinstance(refused, SequenceScore)
+    assert refused.error is not None
+    assert (refused.error.code, refused.error.message) == (
+        "INVALID_ARGUMENT",
+        "writer: got 3 chunks of a response, allowed are 2",
+    )
+
+
+def test_where_there_is_nothing_to_go_on_from_that_sequence_alone_has_no_score() -> None:
+    """A prompt of special tokens alone says nothing, and a model without a template begins with nothing."""
+    silent = chunks_of("abc", [0], prompt="", chat=False)
+    assert isinstance(silent, SequenceScore)
+    assert silent.error is not None
+    assert (silent.error.code, silent.error.message) == (
+        NO_SCORE,
+        "writer: there is no text before position 0",
+    )
+    later = chunks_of("abcdef", [3], prompt="", chat=False)
+    assert isinstance(later, tuple)
+    assert PLAIN.decode(later[0].prefix) == "abc"
+    asked = chunks_of("abc", [0], prompt="", chat=False, user="Q{prompt}")
+    assert isinstance(asked, tuple)
