@@ -33,6 +33,15 @@ def check_scores(config: RunConfig, student: ModelFacts | None) -> Iterator[Find
         yield Finding("fail", "score file", problem)
     for warning in found.warnings:
         yield Finding("warn", "score file", warning)
+    if config.sampling.replayed is None:
+        for name in config.plan().scoring_teachers:
+            if (entry := config.teachers.get(name)) is not None and entry.scores is not None:
+                yield Finding(
+                    "warn",
+                    f"teacher {name}",
+                    f"answers only what is in its file, and [sampling] sampler = {config.sampling.sampler!r} "
+                    f'writes new responses; "file:{entry.scores}" replays the file\'s',
+                )
 
 
 def cached_limits(config: RunConfig, name: str, limits: Limits) -> Limits:

@@ -79,7 +79,9 @@ def score_file(source: Path, options: ScoreOptions) -> int:
     lines = sum(1 for _ in read_rows(source, encoder))  # also finds a bad line before any is scored
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
     refused = asyncio.run(_score_all(_Source(source, digest, lines, encoder), options))
-    print(f"{options.output}: {lines} responses scored" + (f", {refused} refused" if refused else ""))
+    print(
+        f"{options.output}: {lines - refused} responses scored" + (f", {refused} refused" if refused else "")
+    )
     return 1 if refused else 0
 
 

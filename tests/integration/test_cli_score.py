@@ -127,7 +127,7 @@ def test_a_refused_response_is_recorded_and_the_others_are_scored(
     records = read(output)
     assert [record["sampled"] is None for record in records] == [False, True, False]
     assert records[1]["error"].startswith("INVALID_ARGUMENT")
-    assert "1 refused" in ran.stdout
+    assert "2 responses scored, 1 refused" in ran.stdout
 
 
 def test_many_short_rows_go_in_requests_that_the_teacher_takes(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from tutelage_client.types import Limits
 
 from launcher.doctor_checks import Finding, check_lengths, check_objective
 from launcher.doctor_data import check_data
+from launcher.doctor_scores import check_scores
 from launcher.model_facts import ModelFacts
 from student_trainer.config import RunConfig, parse_run_config
 
@@ -119,3 +120,15 @@ def test_a_judge_s_reply_has_to_fit_before_any_question() -> None:
 
 
 SAMPLING = {"samples_per_prompt": 2, "max_new_tokens": 8}
+
+
+def test_a_teacher_that_answers_from_a_file_wants_its_responses_replayed() -> None:
+    def warned(**sampling: Any) -> list[str]:
+        kept = run(teachers={"big": {"scores": "scores.parquet"}}, sampling=sampling)
+        return [f.message for f in check_scores(kept, SMALL) if f.subject == "teacher big"]
+
+    (message,) = warned()
+    assert message.endswith(
+        """sampler = 'student' writes new responses; "file:scores.parquet" replays the file's"""
+    )
+    assert warned(sampler="file:scores.parquet") == []
