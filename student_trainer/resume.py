@@ -16,6 +16,8 @@ from student_trainer.ledger import Ledger
 from student_trainer.lineage import continued
 from student_trainer.objective.compile import Plan
 
+_NO_VIEWS = ("continuations", "chunk_tokens")  # of a signal; views ask for neither
+
 log = structlog.get_logger(__name__)
 
 
@@ -60,10 +62,12 @@ def fixed_settings(config: RunConfig, plan: Plan) -> dict[str, Any]:
     """What may not change between a run and its resumption, by its place in the run file.
 
     Groups that are queued were sampled and scored as the run file then said: whatever shapes them
-    belongs here, or they would be refused one after the other, or trained as what they are not.
+    belongs here, or they would be refused one after the other, or trained as what they are not. What a
+    later version adds is None where it is not used, which is what the ledgers of earlier runs say of it.
     """
     lora, deterministic, guide = config.student.lora, config.run.deterministic, config.sampling.context
     own_weights = channels_of(plan, config.run.name).values()
+    guided, size = config.sampling.guided, config.sampling.samples_per_prompt
     return {
         "run.name": config.run.name,
         "run.seed": config.run.seed,
@@ -81,7 +85,7 @@ def fixed_settings(config: RunConfig, plan: Plan) -> dict[str, Any]:
         "objective.views": {
             view: {
                 "teacher": teacher,
-                **asdict(signal),
+                **{key: value for key, value in asdict(signal).items() if key not in _NO_VIEWS},
                 "hidden_layers": list(signal.hidden_layers),  # as JSON gives it back
                 "context": [template.model_dump() for template in plan.contexts.get(view, ())],
                 "missing": plan.missing.get(view),
@@ -91,7 +95,7 @@ def fixed_settings(config: RunConfig, plan: Plan) -> dict[str, Any]:
             for view, (teacher, signal) in plan.view_requests.items()
         },
         "sampling.context": None if guide is None else guide.model_dump(),
-        "sampling.guided_samples": config.sampling.guided,
+        "sampling.guided_samples": guided if 0 < guided < size else None,
         "sampling.sampler": None if config.sampling.replayed is None else config.sampling.sampler,
         "student.model": config.student.model,
         "student.revision": config.student.revision,

@@ -266,6 +266,26 @@ def test_run_continues_only_as_it_began(
         restore(changed, store, make_learner(changed))
 
 
+def test_run_that_an_earlier_version_began_goes_on(root: Path, tmp_path: Path) -> None:
+    """What came later (audits, guided samples, signals of writers) is not in its ledger."""
+    context = {"context": {"user": "{prompt} {answer}"}, "samples_per_prompt": 3}
+    for number, changes in enumerate(({}, {"sampling": context})):
+        config = make_config(root, objective=DISTILL, **changes)
+        store = CheckpointStore(tmp_path / str(number))
+        learner = make_learner(config)
+        ledger = restore(config, store, learner)
+        (view,) = ledger.settings["objective.views"].values()
+        assert set(view) == {
+            "teacher", "sampled", "top_k", "candidates", "entropy", "temperature", "encoding", "judgement",
+            "hidden_layers", "context", "missing", "route", "weight_field",
+        }  # fmt: skip
+        for later in ("objective.audit", "sampling.guided_samples"):
+            assert ledger.settings.pop(later) is None
+        ledger.step += 1
+        store.save(learner.state_tensors(), ledger)
+        assert restore(config, store, make_learner(config)).step == 1
+
+
 def test_deterministic_run_keeps_its_staleness(root: Path, tmp_path: Path) -> None:
     """Its queued groups are of exactly the versions that the old bound asked for."""
     config = make_config(root, run={"deterministic": True})
