@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import typer
 
 from services.exit_status import EXIT_BAD_INPUT, exit_status
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+Settings = TypeVar("Settings", bound="BaseModel")
 
 # Settings whose values are never repeated, and mistakes of the key, whose value may be meant for one of them.
 SECRETS = frozenset({"tokens", "queue_url"})
@@ -35,8 +40,23 @@ def one_line_errors() -> Iterator[None]:
         _refuse("; ".join(_sentence(problem) for problem in error.errors(include_url=False)))
 
 
-def _sentence(problem: Any) -> str:
+def checked(settings: type[Settings], values: dict[str, Any]) -> Settings:
+    """The settings of a command; what they do not know is answered with what they do."""
+    from pydantic import ValidationError
+
+    try:
+        return settings.model_validate(values)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        _refuse("; ".join(_sentence(problem, settings) for problem in problems))
+
+
+def _sentence(problem: Any, settings: type[BaseModel] | None = None) -> str:
     place = ".".join(str(part) for part in problem["loc"])
+    if settings is not None and problem["type"] == "extra_forbidden" and len(problem["loc"]) > 1:
+        from student_trainer.config_errors import unknown_key
+
+        return f"{place}: {unknown_key(settings, problem['loc'])}"
     message: str = problem["msg"].removeprefix("Value error, ")
     if not place or problem["type"] == "value_error":
         return message
@@ -45,7 +65,7 @@ def _sentence(problem: Any) -> str:
     return f"{place}: got {problem['input']!r}; {message}"
 
 
-def _refuse(message: str, status: int = EXIT_BAD_INPUT) -> None:
+def _refuse(message: str, status: int = EXIT_BAD_INPUT) -> NoReturn:
     from services.logs import refused
 
     refused(message)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from launcher.cli_errors import one_line_errors
+from launcher.cli_errors import checked, one_line_errors
 from launcher.queue_address import PASSWORD_BELONGS, QUEUE_URL_VARIABLE, given_queue_url
 from launcher.vllm_arguments import parse_engine_arguments
 
@@ -230,10 +230,10 @@ def teacher(
             settings["cache"] = {"location": cache}
         for text in set_ or []:
             _set(settings, text)
-        checked = TeacherSettings.model_validate(settings)
+        wanted = checked(TeacherSettings, settings)
         from services.teacher.process import main as replica
 
-        raise typer.Exit(replica(checked))
+        raise typer.Exit(replica(wanted))
 
 
 def _engine_args(context: typer.Context, engine: str) -> dict[str, Any]:

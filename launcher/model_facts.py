@@ -71,7 +71,7 @@ def _configuration(model: str, revision: str | None, download: bool) -> Any:
     except OSError as error:
         if Path(model).is_dir():
             raise
-        reason = "could not be fetched" if download else "is not in the local Hugging Face cache"
+        reason = "could not be fetched" if download else "is not here, nor in the local Hugging Face cache"
         raise NotHere(f"{model} {reason}") from error
 
 

@@ -78,13 +78,18 @@ def _unknown_kind(place: str, context: dict[str, Any], models: list[type[BaseMod
 
 
 def _unknown_key(root: type[BaseModel], location: tuple[int | str, ...]) -> str:
+    section = _section_name(root, location[:-1])
+    return f"{section + ' ' if section else ''}{unknown_key(root, location)}"
+
+
+def unknown_key(root: type[BaseModel], location: tuple[int | str, ...]) -> str:
+    """What is said of a key that is not there: the nearest one, and all."""
     *parents, key = location
     known = sorted({name for model in _models_at(root, parents) for name in model.model_fields})
     nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
-    what = "section" if not parents else "key"
+    what = "key" if parents else "section"
     hint = f"; the nearest {what} is {nearest[0]!r} (all: {', '.join(known)})" if nearest else ""
-    section = _section_name(root, parents)
-    return f"{section + ' ' if section else ''}unknown {what} {str(key)!r}{hint}"
+    return f"unknown {what} {str(key)!r}{hint}"
 
 
 def _place(root: type[BaseModel], location: tuple[int | str, ...]) -> str:

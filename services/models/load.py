@@ -201,7 +201,7 @@ def _load_model(path_or_id: str | Path, dtype: torch.dtype | Literal["auto"], re
                 output_loading_info=True,
             )
     except (OSError, ValueError, KeyError) as error:
-        raise invalid(f"model: could not load {str(path_or_id)!r}: {error}") from error
+        raise invalid(f"model: could not load {_named(path_or_id)}: {error}") from error
     wrong = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if wrong:
         raise TutelageError(
@@ -219,6 +219,12 @@ def _check_path(path_or_id: str | Path) -> None:
         raise invalid(f"model: could not load {str(path_or_id)!r}: there is no such directory")
 
 
+def _named(path_or_id: str | Path) -> str:
+    """A model as messages call it: what is no directory was looked for on the hub."""
+    here = Path(path_or_id).is_dir()
+    return repr(str(path_or_id)) + ("" if here else ", which is no directory here, from the hub")
+
+
 def _commit(config: Any) -> str:
     return str(getattr(config, "_commit_hash", None) or "")
 
@@ -232,4 +238,4 @@ def load_tokenizer(path_or_id: str | Path, revision: str | None) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(path_or_id), revision=revision or "main")
     except (OSError, ValueError, KeyError) as error:
-        raise invalid(f"model: could not load the tokenizer of {str(path_or_id)!r}: {error}") from error
+        raise invalid(f"model: could not load the tokenizer of {_named(path_or_id)}: {error}") from error

@@ -300,6 +300,10 @@ BAD_INPUT = {
         ["teacher", "--model", "m", "--engine", "vllm", "--max-lora-rank", "8"],
         "got 'max_lora_rank', which is not for a run to choose",
     ),
+    "unknown limit": (
+        ["teacher", "--engine", "fake", "--set", "limits.max_topk=3"],
+        "limits.max_topk: unknown key 'max_topk'; the nearest key is 'max_top_k' (all: ",
+    ),
     "unknown fake setting": (["teacher", "--engine", "fake", "--set", "fake.sed=1"], "fake.sed"),
     "unknown option": (
         ["teacher", "--engine", "fake", "--max-batch-token", "5"],

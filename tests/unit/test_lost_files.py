@@ -71,3 +71,9 @@ def test_a_path_that_is_not_there_is_no_badly_spelled_id(path: str) -> None:
     for load in (load_causal_lm, load_tokenizer):
         with pytest.raises(TutelageError, match=f"could not load '{path}': there is no such directory"):
             load(path, revision=None)
+
+
+def test_a_name_that_may_be_an_id_was_looked_for_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(TutelageError, match="'models/student', which is no directory here, from the hub: "):
+        load_causal_lm("models/student")
