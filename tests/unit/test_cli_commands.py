@@ -245,6 +245,26 @@ def test_every_teacher_command_of_a_guide_starts_one(started: list[TeacherSettin
     assert len(started) == len(commands) > 0
 
 
+def test_a_teacher_that_a_recipe_tells_to_start_elsewhere_works_for_that_recipe(
+    started: list[TeacherSettings],
+) -> None:
+    """It has the name that the run calls it by, the run's queue, and asks what the run file says it asks."""
+    recipes = [path.read_text() for path in (Path(__file__).parents[2] / "recipes").glob("*.toml")]
+    told = [
+        (c, text) for text in recipes for c in re.findall(r"^# +tutelage (teacher .*)$", text, re.MULTILINE)
+    ]
+    for command, text in told:
+        ran = tutelage(*shlex.split(command.replace("--host 0.0.0.0 --token-file tokens", "")))
+        assert ran.exit_code == 0, ran.output
+        config, replica = parse_run_config(tomllib.loads(text)), started[-1]
+        entry = config.teachers[replica.name]
+        assert (replica.model, replica.engine, replica.dtype) == (entry.model, entry.engine, entry.dtype)
+        assert replica.queue_url == "redis://HOST:6379"
+        if entry.judge is not None:
+            assert replica.judge == entry.judge.model_copy(update={"tokenizer": config.student.model})
+    assert len(told) == len(started) == 2
+
+
 def test_several_processes_that_torchrun_did_not_start_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
