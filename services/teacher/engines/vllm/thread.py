@@ -34,7 +34,9 @@ from services.teacher.engines.batching import Answer, Control
 from services.teacher.engines.vllm.questions import Answered, Question, Scoring
 
 IDLE_SECONDS = 0.05
-# The smallest question there is, for every way of scoring.
+# A small question for every way of scoring. A tokenizer's first ids are often special and say nothing; of a
+# prompt of these alone a writer without a template would have nothing to go on from.
+_PROMPT = np.arange(8, dtype=np.int32)
 _TOKEN = np.zeros(1, dtype=np.int32)
 _PROBE = Sequence("probe", 0, _TOKEN, anchors=_TOKEN)
 _ASKED = Signal(continuations=1, chunk_tokens=1)
@@ -348,7 +350,7 @@ class EngineThread:
 
     def _probe(self) -> None:
         """Score one token; raises when the engine cannot even do that any more."""
-        asked = self._scoring.questions(_TOKEN, _PROBE, _ASKED, read_cache=False)
+        asked = self._scoring.questions(_PROMPT, _PROBE, _ASKED, read_cache=False)
         if isinstance(asked, SequenceScore):
             raise RuntimeError(f"the probe was not asked: {asked.error}")
         self._engine.add("probe", asked[0].prompt, asked[0].params)
