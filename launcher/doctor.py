@@ -24,7 +24,7 @@ from launcher.doctor_checks import (
     check_vllm,
     demands,
 )
-from launcher.doctor_data import check_data
+from launcher.doctor_data import check_data, check_prompts
 from launcher.doctor_scores import cached_limits, check_scores
 from launcher.doctor_views import check_views
 from launcher.model_facts import ModelFacts, NotHere, read_facts
@@ -74,6 +74,7 @@ def examine(config: RunConfig, *, download: bool, token: str | None) -> Iterator
     yield check_data(config)
     models = _Models(config, download)
     yield from models.findings
+    yield from check_prompts(config, models.student)
     limits: dict[str, Limits] = {}
     for name, entry in config.all_teachers().items():
         if entry.address is not None:

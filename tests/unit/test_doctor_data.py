@@ -10,10 +10,11 @@ import pytest
 from tutelage_client.types import Limits
 
 from launcher.doctor_checks import Finding, check_lengths, check_objective
-from launcher.doctor_data import check_data
+from launcher.doctor_data import check_data, check_prompts
 from launcher.doctor_scores import check_scores
 from launcher.model_facts import ModelFacts
 from student_trainer.config import RunConfig, parse_run_config
+from student_trainer.tasks.characters import character_tokenizer
 
 SMALL = ModelFacts("small", "Tiny", 1000, vocab_size=32, max_tokens=128, tokenizer_size=32, fingerprint="f")
 
@@ -132,3 +133,32 @@ def test_a_teacher_that_answers_from_a_file_wants_its_responses_replayed() -> No
         """sampler = 'student' writes new responses; "file:scores.parquet" replays the file's"""
     )
     assert warned(sampler="file:scores.parquet") == []
+
+
+def test_prompts_that_the_student_cannot_read_or_hold_are_counted(tmp_path: Path) -> None:
+    character_tokenizer("0123456789+=").save_pretrained(tmp_path / "student")
+    path = tmp_path / "lines.jsonl"
+
+    def warned(*prompts: str, **sampling: Any) -> list[str]:
+        path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+        config = run(
+            student={"model": str(tmp_path / "student")},
+            data={"path": str(path), "holdout": 0.0},
+            sampling=sampling,
+        )
+        findings = list(check_prompts(config, SMALL))
+        assert all(finding.level == "warn" for finding in findings)
+        return [finding.message for finding in findings]
+
+    assert warned("1+1=", "2+2=", max_new_tokens=124) == []
+    (unread,) = warned("1+1=", "two + 2", max_new_tokens=8)
+    assert unread.startswith("1 of the first 2 prompts have text that the tokenizer does not know, '<unk>'")
+    (long,) = warned("1+1=", "12+1=", max_new_tokens=124)
+    assert long.startswith("one of the first 2 has 5 tokens, with [sampling] max_new_tokens 129; the student")
+
+
+def test_a_chat_template_that_the_student_lacks_would_fail(tmp_path: Path) -> None:
+    character_tokenizer("0123456789+=").save_pretrained(tmp_path)
+    config = run(student={"model": str(tmp_path)}, data={"task": "addition", "chat_template": "always"})
+    (found,) = check_prompts(config, SMALL)
+    assert (found.level, "chat template" in found.message) == ("fail", True), found
