@@ -33,7 +33,9 @@ class LimitSettings(BaseModel):
     max_sequences: int = Field(default=1024, ge=1, description="sequences in a request")
     max_sequence_tokens: int = Field(default=131_072, ge=2, description="context + response of a sequence")
     max_request_tokens: int = Field(
-        default=1_048_576, ge=2, description="tokens in a request, shared contexts counted once"
+        default=1_048_576,
+        ge=2,
+        description="tokens in a request, shared contexts counted once, with those that a writer may write",
     )
     max_top_k: int = Field(default=256, ge=0, description="largest K of signal.top_k")
     max_candidates: int = Field(default=256, ge=0, description="largest C of candidate_ids [R, C]")

@@ -55,6 +55,20 @@ def test_any_other_anchors_fail_their_sequence_alone(anchors: object, reason: st
     }
 
 
+def test_what_may_be_written_counts_as_a_requests_tokens_do() -> None:
+    """Room and deadlines are estimated by it, and writing outweighs what is read."""
+    asked = request([0, 3, 6])
+    cost = 1 + 2 * len(RESPONSE) + 4 * (1 + 3) * 3
+    assert codec.request_tokens(asked) == cost
+    check_request(asked, IDENTITY, replace(WRITES, max_request_tokens=cost))
+    with pytest.raises(TutelageError, match=f"request tokens: got {cost}, allowed are {cost - 1}"):
+        check_request(asked, IDENTITY, replace(WRITES, max_request_tokens=cost - 1))
+    assert codec.request_tokens(replace(asked, signal=Signal())) == 1 + 2 * len(RESPONSE)
+    for wrong in (replace(ASKED, chunk_tokens=2**31 - 1), replace(ASKED, chunk_tokens=-9)):
+        least = 1 + 2 * len(RESPONSE)
+        assert least <= codec.request_tokens(request([0, 3, 6], wrong)) <= least + 4 * 4 * len(RESPONSE)
+
+
 def test_a_response_shorter_than_a_chunk_has_no_anchor() -> None:
     short = replace(ASKED, chunk_tokens=11)
     problems = check_sequences(request([], short), IDENTITY, WRITES)

@@ -177,8 +177,16 @@ def _check_candidates(candidates: object, name: str) -> None:
 
 
 def request_tokens(request: t.ScoreRequest) -> int:
-    """What a request costs: every response token, and every context token once."""
-    return sum(map(len, request.contexts)) + sum(len(s.response_ids) for s in request.sequences)
+    """What a request costs: every response token, every context token once, and what a writer may write."""
+    read = sum(map(len, request.contexts)) + sum(len(s.response_ids) for s in request.sequences)
+    if request.signal.continuations < 1:
+        return read
+    written = sum(
+        s.anchors.size * max(0, min(request.signal.chunk_tokens, len(s.response_ids)))
+        for s in request.sequences
+        if s.anchors is not None
+    )
+    return read + request.signal.continuations * written
 
 
 def request_from_proto(
