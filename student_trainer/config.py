@@ -124,7 +124,7 @@ class TeacherEntry(_Section):
     address: str | None = Field(
         None,
         description="host:port of a replica that somebody else runs: `tutelage up` starts none, "
-        "`tutelage doctor` asks this one",
+        "`tutelage doctor` asks this one; its work comes through the queue, by NAME",
     )
 
     @model_validator(mode="after")
