@@ -106,8 +106,7 @@ class TextTeacher(Generic[S]):
     def asked(self, question: str, begun: str = "") -> list[int]:
         """The model's ids of a question, in its chat template, and of the reply as far as it has begun."""
         if not self._chat:
-            plain: list[int] = self._own(question + begun)["input_ids"]
-            return plain
+            return self._opened(question + begun)
         messages = [{"role": "user", "content": question}]
         if self.settings.system is not None:
             messages.insert(0, {"role": "system", "content": self.settings.system})
@@ -116,6 +115,14 @@ class TextTeacher(Generic[S]):
 
     def failed(self, sequence: Sequence, code: str, message: str) -> SequenceScore:
         return SequenceScore(sequence.id, SequenceError(code, f"{self.kind}: {message}"))
+
+    def _opened(self, text: str) -> list[int]:
+        """A text with what the tokenizer puts before it, and not the end token that some put after it."""
+        ids: list[int] = self._own(text)["input_ids"]
+        said = self._plain_ids(text)
+        starts = range(len(ids) - len(said) + 1)
+        start = next((at for at in starts if ids[at : at + len(said)] == said), None)
+        return ids if start is None else ids[: start + len(said)]
 
     def _plain_ids(self, text: str) -> list[int]:
         ids: list[int] = self._own(text, add_special_tokens=False)["input_ids"]

@@ -9,6 +9,7 @@ import pytest
 from support.text_tokenizer import CHATML, text_tokenizer
 from support.writers import writing
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 from tutelage_client.types import Int32Array, Sequence, SequenceScore
 
@@ -56,6 +57,21 @@ def test_without_a_template_the_text_follows_the_question() -> None:
     found = chunks_of("two, I think", [5], chat=False, user="{prompt}=")
     assert isinstance(found, tuple)
     assert PLAIN.decode(found[0].prefix) == "1+1=two, "
+
+
+def test_a_text_that_goes_on_is_opened_as_its_tokenizer_does_and_not_ended() -> None:
+    """After its own end token a model would write whatever comes next in its data."""
+    framing = text_tokenizer(chat=False)
+    end, pad = framing.eos_token, framing.pad_token
+    framing.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{pad} $A {end}", special_tokens=[(pad, framing.pad_token_id), (end, framing.eos_token_id)]
+    )
+    assert framing("ab")["input_ids"] == [framing.pad_token_id, *spelled("ab"), framing.eos_token_id]
+    writer = Writer(WriterSettings(), framing, positions=None)
+    sequence = Sequence("0", 0, spelled("abcd"), anchors=np.array([2], dtype=np.int32))
+    found = writer.chunks(spelled("1+1"), sequence, writing(4, 2))
+    assert isinstance(found, tuple)
+    assert found[0].prefix == [framing.pad_token_id, *spelled("1+1ab")]
 
 
 def test_special_tokens_of_the_caller_are_no_text_and_a_chunk_of_them_still_gets_a_token() -> None:
