@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,9 +24,11 @@ from tutelage_client import codec
 from tutelage_client.errors import TutelageError
 from tutelage_client.types import Score, ScoreRequest
 
+from services.models import generate
+from services.models.choose import Choice, choose
 from services.models.writer_settings import WriterSettings
 from services.teacher.engines.transformers import TransformersEngine
-from services.teacher.engines.writer import WriterScorer
+from services.teacher.engines.writer import MOST_ROWS, WriterScorer
 from student_trainer.tasks.characters import MODEL_ROWS, character_tokenizer
 
 OWN = character_tokenizer(JUDGED)
@@ -142,6 +145,21 @@ async def test_a_smaller_number_of_continuations_is_the_beginning_of_a_larger_on
     quarters = singles * 4  # texts of at most 4 characters against one of 4
     assert np.allclose(quarters, np.round(quarters), atol=1e-5)
     assert ((quarters > -1e-5) & (quarters < 4 + 1e-5)).all()
+
+
+async def test_so_many_rows_at_once_are_bounded_that_their_logits_are(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few thousand short texts fit the cache, and with a large vocabulary their logits would not fit."""
+    rows: list[int] = []
+
+    def counted(logits: torch.Tensor, *given: Any, **how: Any) -> Choice:
+        rows.append(len(logits))
+        return choose(logits, *given, **how)
+
+    monkeypatch.setattr(generate, "choose", counted)
+    await engine.score(asked([LIKELY], [[0, 2, 4]], 500, 1))
+    assert max(rows) == MOST_ROWS < 1500
 
 
 async def test_nobody_elses_random_numbers_are_used(engine: TransformersEngine) -> None:

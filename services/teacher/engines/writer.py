@@ -17,6 +17,8 @@ from services.teacher.writer import Chunk, Writer
 
 # Positions of the KV cache that are held at once: 8 GiB of a model with 32 layers of 8 heads in bfloat16.
 CACHE_TOKENS = 65_536
+# Rows whose next-token logits are held at once: 0.3 GB of a vocabulary of 152k in bfloat16.
+MOST_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class WriterScorer:
         """INVALID_ARGUMENT for a model that has no end token, or cannot be sampled with a cache."""
         ends = end_tokens(loaded.model.generation_config, loaded.tokenizer)
         generator = TransformersGenerator(
-            loaded.model, end_ids=ends, batch_size=CACHE_TOKENS, batch_tokens=CACHE_TOKENS
+            loaded.model, end_ids=ends, batch_size=MOST_ROWS, batch_tokens=CACHE_TOKENS
         )
         return cls(loaded, teacher, generator)
 
