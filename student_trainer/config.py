@@ -18,7 +18,7 @@ from services.models.judge_settings import JudgeSettings
 from services.models.vllm_settings import MAX_BATCH_TOKENS, VllmSettings, check_engine, check_writer
 from services.models.writer_settings import WriterSettings
 from services.queue_address import FORM, is_queue_address
-from student_trainer.config_errors import RunFileError, describe_errors
+from student_trainer.config_errors import NAME_PATTERN, RunFileError, describe_errors
 from student_trainer.objective.functions import anchored
 from student_trainer.objective.settings import ObjectiveSettings
 from student_trainer.sampler.settings import DataSettings, SamplingSettings
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from student_trainer.objective.plan import Plan
 
 Tracker = Literal["tensorboard", "wandb", "trackio"]
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 
 
 class _Section(BaseModel):

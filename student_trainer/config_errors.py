@@ -10,6 +10,14 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+# What a pattern of the settings allows, in words.
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+FUNCTION_PATTERN = r"^.+:[A-Za-z_]\w*$"
+PATTERNS = {
+    NAME_PATTERN: "letters, digits, '.', '_' and '-', of which a letter or digit comes first",
+    FUNCTION_PATTERN: '"module:attribute" or "file.py:attribute"',
+}
+
 # What pydantic calls a value that is no table where one belongs.
 _NO_TABLE = ("model_type", "model_attributes_type", "dict_type")
 
@@ -43,7 +51,9 @@ def _describe(root: type[BaseModel], problem: Any) -> str:
         return _no_table(root, location, problem["input"])
     if kind.startswith("union_tag"):
         return _unknown_kind(place, problem["ctx"], _models_at(root, location))
-    return f"{place}: got {problem['input']!r}; {message[:1].lower()}{message[1:]}"
+    pattern = problem["ctx"]["pattern"] if kind == "string_pattern_mismatch" else None
+    said = f"allowed: {PATTERNS[pattern]}" if pattern in PATTERNS else message[:1].lower() + message[1:]
+    return f"{place}: got {problem['input']!r}; {said}"
 
 
 def _said_by_a_check(root: type[BaseModel], location: tuple[int | str, ...], message: str) -> str:

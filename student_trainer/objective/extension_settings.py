@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, FiniteFloat, PositiveInt, field_validator
 
+from student_trainer.config_errors import FUNCTION_PATTERN
 from student_trainer.objective.view_settings import (
     ContextTemplate,
     MissingContext,
@@ -13,7 +14,7 @@ from student_trainer.objective.view_settings import (
     ViewContext,
 )
 
-FunctionName: TypeAlias = Annotated[str, Field(pattern=r"^.+:[A-Za-z_]\w*$")]
+FunctionName: TypeAlias = Annotated[str, Field(pattern=FUNCTION_PATTERN)]
 
 
 class AuxiliarySettings(StrictSettings):

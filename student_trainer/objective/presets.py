@@ -9,8 +9,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
+from student_trainer.config_errors import describe_errors
 from student_trainer.objective.functions import anchored
 from student_trainer.objective.settings import ObjectiveError, ObjectiveSettings
 
@@ -34,6 +35,12 @@ class Preset(BaseModel):
     requires: tuple[str, ...] = ()
     notes: str = ""
     objective: dict[str, Any]
+
+
+class _Row(BaseModel):
+    """A preset's settings where a run file has them, so that errors name them alike."""
+
+    objective: ObjectiveSettings
 
 
 def names() -> list[str]:
@@ -66,10 +73,15 @@ def _read(path: Path) -> Preset:
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
         preset = Preset.model_validate({"name": path.stem, **document})
-        ObjectiveSettings.model_validate(preset.objective)
+        _Row.model_validate({"objective": preset.objective})
     except OSError as error:
         raise ObjectiveError(f"objective.preset: cannot read {path}: {error.strerror}") from error
-    except ValueError as error:  # of TOML, of its text, or of the settings
+    except ValidationError as error:
+        root = _Row if error.title == _Row.__name__ else Preset
+        raise ObjectiveError(
+            f"objective.preset: {path}: {'; '.join(describe_errors(root, error))}"
+        ) from error
+    except ValueError as error:  # of TOML, or of its text
         raise ObjectiveError(f"objective.preset: {path}: {error}") from error
     if "preset" in preset.objective:
         raise ObjectiveError(f"objective.preset: {path} names a preset; allowed: all of its keys in one file")

@@ -322,8 +322,17 @@ def test_a_preset_of_ones_own_is_found_beside_the_run_file_and_overridden_by_it(
     ("preset", "problem"),
     [
         ("[objective\n", "mine.toml: "),
-        ("[objective]\nk = 0", "mine.toml: .*k"),
-        ("[objectives]\nk = 3", "mine.toml: "),
+        ("[objective]\nk = 0", r"mine.toml: \[objective\] k: got 0; "),
+        (
+            "[objective.tokens]\nskip_first = 1",
+            r"mine.toml: \[objective.tokens\] unknown key 'skip_first'; .*skip_first_n",
+        ),
+        ("[objectives]\nk = 3", "mine.toml: .*unknown section 'objectives'; .*'objective'"),
+        ('title = "Mine"', "mine.toml: objective: missing"),
+        (
+            '[objective.custom]\nadvantage = "bounded"',
+            r'\[objective.custom\] advantage: got .*allowed: "module:attribute"',
+        ),
         ('[objective]\npreset = "gkd"', "mine.toml names a preset"),
     ],
 )
