@@ -221,6 +221,14 @@ def check_budgets(config: RunConfig) -> Iterator[Finding]:
             f"a full response has {sampling.max_new_tokens:,} tokens, more than micro_batch_tokens "
             f"{training.micro_batch_tokens:,}: it takes a pass of its own",
         )
+    if config.plan().preference is not None and group > training.micro_batch_tokens:
+        yield Finding(
+            "warn",
+            "training",
+            f"one group may have {group:,} tokens, more than micro_batch_tokens "
+            f"{training.micro_batch_tokens:,}: with objective.preference it is never cut, and takes a pass, "
+            "and memory, of its own",
+        )
 
 
 def check_vllm(config: RunConfig) -> Iterator[Finding]:
