@@ -3,7 +3,8 @@
 What is used beyond its documented interface, and would have to be looked at for another minor
 version: `LLMEngine` without its engine-core process, the model registry's entries,
 `KVCacheManager.get_computed_blocks`, the zeroing of new blocks, `PoolingParams.extra_kwargs`,
-`PoolingMetadata`, `LogitsProcessor(skip_gather=…)`, and `finalize_layerwise_reload`.
+`PoolingMetadata`, `LogitsProcessor(skip_gather=…)`, `OutputProcessor.parent_requests`, and
+`finalize_layerwise_reload`.
 tests/contract/test_vllm_internals.py holds each of them.
 
 Nothing here imports vllm before it is needed: the environment that vLLM reads is set first.
@@ -171,6 +172,10 @@ class StepEngine:
     def abort(self, request_ids: Sequence[str]) -> None:
         """Withdraw requests, wherever they are; those that have ended are ignored."""
         self._engine.abort_request(list(request_ids))
+        # Of a request for several continuations vLLM keeps what joins them, for ever.
+        for key, parent in list(self._parents.items()):
+            if parent.external_req_id in request_ids:
+                del self._parents[key]
 
     def load_weights(self, path: Path) -> None:
         """Replace the weights and forget every cached prefix; nothing may be under way.
@@ -195,13 +200,21 @@ class StepEngine:
         while self.has_work and not self._engine.has_unfinished_requests():
             self.step()
 
+    @property
+    def _parents(self) -> dict[str, Any]:
+        """What joins the outputs of requests for several continuations, by vLLM's own ids."""
+        found: dict[str, Any] = self._engine.output_processor.parent_requests
+        return found
+
     def residue(self) -> Residue:
         """What requests still hold, cached prefixes aside."""
         self.settle()
         pool = self._core.scheduler.kv_cache_manager.block_pool
         runner = self._runner
         return Residue(
-            requests=self._engine.get_num_unfinished_requests() + len(self._core.scheduler.requests),
+            requests=self._engine.get_num_unfinished_requests()
+            + len(self._core.scheduler.requests)
+            + len(self._parents),
             worker_requests=len(runner.requests) if hasattr(runner, "requests") else 0,
             blocks=pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),  # one block is vLLM's own null block
         )
