@@ -283,14 +283,6 @@ def spent(score: Score) -> tracing.Attributes:
 
 def _without(request: ScoreRequest, problems: Mapping[int, SequenceError]) -> ScoreRequest:
     """The request less its bad sequences and every context that then serves nobody."""
-    used = sorted({s.context for i, s in enumerate(request.sequences) if i not in problems})
-    if not problems and len(used) == len(request.contexts):
+    if not problems and len({s.context for s in request.sequences}) == len(request.contexts):
         return request
-    moved = {old: new for new, old in enumerate(used)}
-    return replace(
-        request,
-        contexts=tuple(request.contexts[old] for old in used),
-        sequences=tuple(
-            replace(s, context=moved[s.context]) for i, s in enumerate(request.sequences) if i not in problems
-        ),
-    )
+    return request.only(s for i, s in enumerate(request.sequences) if i not in problems)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,8 +93,12 @@ class TransformersGenerator:
         temperature: float,
         max_new_tokens: int | Sequence[int],
         candidates: int = 0,
+        unwanted: Callable[[], bool] = lambda: False,
     ) -> list[Response]:
-        """As Generator.generate; `max_new_tokens` may be one for each row."""
+        """As Generator.generate; `max_new_tokens` may be one for each row.
+
+        Once `unwanted`, asked after every token, says true: GenerationInterruptedError, of this call alone.
+        """
         most = [max_new_tokens] * len(rows) if isinstance(max_new_tokens, int) else list(max_new_tokens)
         for row, count in zip(rows, most, strict=True):
             self._check_length(row, count)
@@ -105,9 +109,12 @@ class TransformersGenerator:
             longest = int(counts.max())
             draws = np.stack([uniforms(seed, row.group, row.sample, longest) for row in batch])
             with torch.inference_mode():
-                steps = self._run(
-                    batch, torch.from_numpy(draws).to(self._device), counts, temperature, candidates
-                )
+                numbers = torch.from_numpy(draws).to(self._device)
+                steps = []
+                for step in self._run(batch, numbers, counts, temperature, candidates):
+                    steps.append(step)
+                    if self._interrupted.is_set() or unwanted():
+                        raise GenerationInterruptedError
             responses.update(zip(indices, _split(steps, len(batch)), strict=True))
         return [responses[i] for i in range(len(rows))]
 
@@ -147,17 +154,14 @@ class TransformersGenerator:
 
     def _run(
         self, batch: list[Row], draws: Tensor, counts: Tensor, temperature: float, candidates: int
-    ) -> list[_Step]:
+    ) -> Iterator[_Step]:
         """Steps until every row ended or has its count [B] of tokens; `draws` is [B, largest count]."""
         state, logits = self._prefill(batch, draws.shape[1])
         alive = torch.arange(len(batch), device=self._device)
-        steps: list[_Step] = []
         for step in range(draws.shape[1]):
-            if self._interrupted.is_set():
-                raise GenerationInterruptedError
             choice = choose(logits, draws[alive, step], temperature=temperature, candidates=candidates)
             ended = torch.isin(choice.ids, self._end_ids)
-            steps.append(_Step(alive, choice, ended))
+            yield _Step(alive, choice, ended)
             if step + 1 == draws.shape[1]:
                 break
             next_ids = choice.ids
@@ -169,7 +173,6 @@ class TransformersGenerator:
                 alive, next_ids = alive[kept], next_ids[kept]
                 state.select(kept)
             logits = self._forward(next_ids[:, None], state.next_positions()[:, None], state)
-        return steps
 
     def _prefill(self, batch: list[Row], new_tokens: int) -> tuple[_State, Tensor]:
         """The cache after the prompts and the logits [B, V] of the first response token.

@@ -86,6 +86,7 @@ class AsyncTeacherClient:
         contexts: Iterable[t.TokenIds],
         responses: Iterable[t.TokenIds],
         *,
+        context_texts: Iterable[str | None] | None = None,
         context_index: Iterable[int] | None = None,
         sampled: bool = True,
         top_k: int = 0,
@@ -105,6 +106,7 @@ class AsyncTeacherClient:
         request = codec.build_request(
             contexts,
             responses,
+            context_texts=context_texts,
             context_index=context_index,
             candidate_ids=candidate_ids,
             anchors=anchors,

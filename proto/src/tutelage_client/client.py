@@ -92,6 +92,7 @@ class TeacherClient:
         contexts: Iterable[t.TokenIds],
         responses: Iterable[t.TokenIds],
         *,
+        context_texts: Iterable[str | None] | None = None,
         context_index: Iterable[int] | None = None,
         sampled: bool = True,
         top_k: int = 0,
@@ -112,6 +113,8 @@ class TeacherClient:
         Args:
             contexts: token ids; one for all responses, one per response, or see `context_index`.
             responses: token ids, each of at least one token.
+            context_texts: for each context the question without a template, or None; a judge and a writer
+                are shown it in place of the ids' text.
             context_index: for each response, which context it belongs to.
             sampled: log-probability of each response token.
             top_k: the K most probable tokens at each position and their log-probabilities.
@@ -132,6 +135,7 @@ class TeacherClient:
         request = codec.build_request(
             contexts,
             responses,
+            context_texts=context_texts,
             context_index=context_index,
             candidate_ids=candidate_ids,
             anchors=anchors,

@@ -143,15 +143,26 @@ def request_to_proto(request: t.ScoreRequest) -> pb.ScoreRequest:
     """The message of a request; raises INVALID_ARGUMENT, with the field, for what the wire cannot say."""
     message = pb.ScoreRequest(
         pins=pins_to_proto(request.pins),
-        contexts=[
-            pb.Context(ids=pack_ids(as_ids(ids, f"contexts[{i}]"))) for i, ids in enumerate(request.contexts)
-        ],
+        contexts=_contexts_to_proto(request),
         sequences=[_sequence_to_proto(i, sequence) for i, sequence in enumerate(request.sequences)],
         signal=signal_to_proto(request.signal),
     )
     _set(message, "request_id", request.request_id)
     _set(message, "teacher", request.teacher)
     return message
+
+
+def _contexts_to_proto(request: t.ScoreRequest) -> list[pb.Context]:
+    texts = request.context_texts or (None,) * len(request.contexts)
+    if len(texts) != len(request.contexts):
+        raise invalid(f"context_texts: got {len(texts)} texts for {len(request.contexts)} contexts")
+    messages = []
+    for i, (ids, text) in enumerate(zip(request.contexts, texts, strict=True)):
+        message = pb.Context(ids=pack_ids(as_ids(ids, f"contexts[{i}]")))
+        if text is not None:
+            _set(message, "text", text, f"contexts[{i}].")
+        messages.append(message)
+    return messages
 
 
 def _sequence_to_proto(index: int, sequence: t.Sequence) -> pb.Sequence:
@@ -197,6 +208,7 @@ def request_from_proto(
     A sequence whose arrays have no whole shape raises, or is noted by its index in `malformed`
     when that is given, and left without a response, so that it can fail alone.
     """
+    texts = tuple(c.text if c.HasField("text") else None for c in message.contexts)
     return t.ScoreRequest(
         contexts=tuple(unpack_ids(c.ids, f"contexts[{i}].ids") for i, c in enumerate(message.contexts)),
         sequences=tuple(_sequence_or_note(i, s, malformed) for i, s in enumerate(message.sequences)),
@@ -204,7 +216,12 @@ def request_from_proto(
         teacher=message.teacher,
         pins=pins_from_proto(message.pins),
         request_id=message.request_id,
+        context_texts=_where_any(texts),
     )
+
+
+def _where_any(texts: tuple[str | None, ...]) -> tuple[str | None, ...]:
+    return texts if any(text is not None for text in texts) else ()
 
 
 def _sequence_or_note(
@@ -415,6 +432,7 @@ def build_request(
     contexts: Iterable[t.TokenIds],
     responses: Iterable[t.TokenIds],
     *,
+    context_texts: Iterable[str | None] | None = None,
     context_index: Iterable[int] | None = None,
     candidate_ids: Iterable[t.Int32Array] | None = None,
     anchors: Iterable[t.TokenIds] | None = None,
@@ -423,12 +441,15 @@ def build_request(
     pins: t.Pins | None = None,
     request_id: str = "",
 ) -> t.ScoreRequest:
-    """A request from plain lists of ids.
+    """A request from plain lists of ids, and where they are known the words of each context.
 
     Without `context_index`, one context serves every response, and as many contexts as
     responses pair up one to one.
     """
     context_arrays = tuple(as_ids(ids, f"contexts[{i}]") for i, ids in enumerate(contexts))
+    texts = (None,) * len(context_arrays) if context_texts is None else tuple(context_texts)
+    if len(texts) != len(context_arrays):
+        raise invalid(f"context_texts: got {len(texts)} texts for {len(context_arrays)} contexts")
     response_arrays = [as_ids(ids, f"responses[{i}]") for i, ids in enumerate(responses)]
     count = len(response_arrays)
     if context_index is not None:
@@ -460,4 +481,5 @@ def build_request(
         teacher=teacher,
         pins=pins or t.Pins(),
         request_id=request_id,
+        context_texts=_where_any(texts),
     )

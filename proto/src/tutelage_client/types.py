@@ -8,7 +8,7 @@ natural logarithms in nats; float32 arrays unless the encoding says float16.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -76,6 +76,23 @@ class ScoreRequest:
     teacher: str = ""
     pins: Pins = field(default_factory=Pins)
     request_id: str = ""
+    context_texts: tuple[str | None, ...] = ()  # of each context, for teachers that read words; (): of none
+
+    def text_of(self, sequence: Sequence) -> str | None:
+        """The question before a sequence as a person asked it; None where only its ids are known."""
+        return self.context_texts[sequence.context] if self.context_texts else None
+
+    def only(self, sequences: Iterable[Sequence]) -> ScoreRequest:
+        """This request for some of its sequences, less every context that then serves nobody."""
+        kept = tuple(sequences)
+        used = sorted({sequence.context for sequence in kept})
+        moved = {old: new for new, old in enumerate(used)}
+        return replace(
+            self,
+            contexts=tuple(self.contexts[old] for old in used),
+            context_texts=tuple(self.context_texts[old] for old in used) if self.context_texts else (),
+            sequences=tuple(replace(sequence, context=moved[sequence.context]) for sequence in kept),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -208,14 +208,7 @@ class _LookUp:
 
     def part(self, keys: Iterable[bytes]) -> ScoreRequest:
         """A request for one sequence of each key, with no context that nobody needs."""
-        sequences = [self.request.sequences[self._first[key]] for key in keys]
-        used = sorted({sequence.context for sequence in sequences})
-        moved = {old: new for new, old in enumerate(used)}
-        return replace(
-            self.request,
-            contexts=tuple(self.request.contexts[old] for old in used),
-            sequences=tuple(replace(one, context=moved[one.context]) for one in sequences),
-        )
+        return self.request.only(self.request.sequences[self._first[key]] for key in keys)
 
     def answer(self) -> Score:
         """Every sequence's score under its own id; only once nothing is missing."""

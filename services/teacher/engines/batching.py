@@ -76,6 +76,10 @@ class Unit:
     sequences: tuple[int, ...]
     tokens: int
 
+    def unwanted(self) -> bool:
+        """Nobody waits for its scores any more: what takes long looks now and then."""
+        return self.job.failed or self.job.answer.withdrawn
+
 
 @dataclass(frozen=True)
 class Control:
@@ -158,6 +162,12 @@ class WaitingLine:
                     return self._next_batch()
                 self._changed.wait()
 
+    def give_up(self, job: Job) -> None:
+        """Count a withdrawn job, once, whose remaining work is not done."""
+        if not (job.failed or job.dropped):
+            job.dropped = True
+            self.dropped_jobs += 1
+
     def _next_batch(self) -> list[Unit]:
         batch = [self._units.popleft()]
         tokens = batch[0].tokens
@@ -177,12 +187,10 @@ class WaitingLine:
     def _drop_withdrawn(self) -> None:
         while self._units:
             job = self._units[0].job
-            if not (job.failed or job.answer.withdrawn):
+            if not self._units[0].unwanted():
                 return
             self._units.popleft()
-            if not (job.failed or job.dropped):
-                job.dropped = True
-                self.dropped_jobs += 1
+            self.give_up(job)
 
     def _refuse_if_closed(self) -> None:
         if self._closed:

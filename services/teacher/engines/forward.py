@@ -18,13 +18,16 @@ from services.teacher.engines.scoring_head import RowScores, RowSignal, ScoringH
 
 @dataclass(frozen=True)
 class UnitScores:
-    """Scores by sequence index of the unit's request, and what they cost."""
+    """Scores by sequence index of the unit's request, and what they cost; none of a unit given up."""
 
     sequences: dict[int, SequenceScore]
     tokens_computed: int
     tokens_reused: int
     positions: int
     invalid_positions: int
+
+
+GIVEN_UP = UnitScores({}, 0, 0, positions=0, invalid_positions=0)  # nobody waits for it any more
 
 
 @dataclass(frozen=True)

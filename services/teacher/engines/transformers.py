@@ -28,7 +28,7 @@ from services.models.judge_settings import JudgeSettings
 from services.models.load import LoadedModel, load_causal_lm, load_weights
 from services.models.writer_settings import WriterSettings
 from services.teacher.engines.batching import Answer, Control, Job, Unit, WaitingLine
-from services.teacher.engines.forward import BatchScores, PackedScorer
+from services.teacher.engines.forward import GIVEN_UP, BatchScores, PackedScorer
 from services.teacher.engines.judge import JudgeScorer
 from services.teacher.engines.scoring_head import ScoringHead
 from services.teacher.engines.writer import WriterScorer
@@ -280,7 +280,9 @@ class TransformersEngine:
             job.open_units -= 1
             self.counters.positions += part.positions
             self.counters.invalid_positions += part.invalid_positions
-            if job.open_units == 0:
+            if part is GIVEN_UP:
+                self._line.give_up(job)
+            elif job.open_units == 0 and not job.dropped:
                 self._finish(job)
 
     def _finish(self, job: Job) -> None:

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from tutelage_client.types import SequenceScore
 
-from services.models.generate import Row, TransformersGenerator
+from services.models.generate import GenerationInterruptedError, Row, TransformersGenerator
 from services.models.load import LoadedModel
 from services.teacher.engines.batching import Unit
-from services.teacher.engines.forward import BatchScores, UnitScores
+from services.teacher.engines.forward import GIVEN_UP, BatchScores, UnitScores
 from services.teacher.text_teacher import end_tokens
 from services.teacher.writer import Chunk, Writer
 
@@ -42,7 +42,8 @@ class WriterScorer:
     def score(self, batch: list[Unit]) -> BatchScores:
         """An agreement, or an error, for every sequence of every unit.
 
-        A unit is sampled by itself: a job that comes again is cut into the same ones.
+        A unit is sampled by itself: a job that comes again is cut into the same ones. Of one that nobody
+        waits for any more the rest is not written.
         """
         return BatchScores([self._unit(unit) for unit in batch])
 
@@ -58,7 +59,10 @@ class WriterScorer:
             else:
                 asked[index] = chunks
         every = [chunk for chunks in asked.values() for chunk in chunks]
-        written = iter(self._continuations(every, request.signal.continuations))
+        try:
+            written = iter(self._continuations(every, unit))
+        except GenerationInterruptedError:
+            return GIVEN_UP
         computed = sum(len(chunk.prefix) for chunk in every)
         for index, chunks in asked.items():
             texts = [next(written) for _ in chunks]
@@ -66,8 +70,9 @@ class WriterScorer:
             scores[index] = self.teacher.agreement(request.sequences[index], chunks, texts)
         return UnitScores(scores, computed, 0, positions=0, invalid_positions=0)
 
-    def _continuations(self, chunks: list[Chunk], count: int) -> list[list[list[int]]]:
+    def _continuations(self, chunks: list[Chunk], unit: Unit) -> list[list[list[int]]]:
         """[F][N] ids, without the token that ended one."""
+        count = unit.job.request.signal.continuations
         rows = [
             Row(np.array(chunk.prefix, dtype=np.int32), chunk.number, sample)
             for chunk in chunks
@@ -78,6 +83,7 @@ class WriterScorer:
             seed=0,  # the chunk's number is a hash of all that matters
             temperature=self.teacher.settings.temperature,
             max_new_tokens=[chunk.most for chunk in chunks for _ in range(count)],
+            unwanted=unit.unwanted,
         )
         ids = [response.ids.tolist()[: -1 if response.finished else None] for response in responses]
         return [ids[start : start + count] for start in range(0, len(ids), count)]

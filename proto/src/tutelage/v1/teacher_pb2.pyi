@@ -123,10 +123,12 @@ class Pins(_message.Message):
     def __init__(self, tokenizer_fingerprint: _Optional[str] = ..., revision: _Optional[str] = ..., weights_version: _Optional[int] = ..., min_weights_version: _Optional[int] = ...) -> None: ...
 
 class Context(_message.Message):
-    __slots__ = ("ids",)
+    __slots__ = ("ids", "text")
     IDS_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
     ids: bytes
-    def __init__(self, ids: _Optional[bytes] = ...) -> None: ...
+    text: str
+    def __init__(self, ids: _Optional[bytes] = ..., text: _Optional[str] = ...) -> None: ...
 
 class Sequence(_message.Message):
     __slots__ = ("id", "context", "response_ids", "candidate_ids", "num_candidates", "anchors")
