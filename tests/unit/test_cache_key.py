@@ -21,7 +21,7 @@ IDENTITY = Identity(
 CHANGE_THE_KEY = {
     "identity": {field for field in Identity.__slots__ if field != "name"},
     "signal": set(Signal.__slots__),
-    "sequence": {"response_ids", "candidate_ids"},
+    "sequence": {"response_ids", "candidate_ids", "anchors"},
     "request": {"contexts", "sequences", "signal"},
 }
 CHANGE_NOTHING = {
@@ -81,6 +81,16 @@ def test_names_change_nothing() -> None:
     )
     named = teacher_digest(replace(IDENTITY, name="another"), {})
     assert sequence_keys(named, request) == [key(signal=Signal())]
+
+
+def test_other_anchors_have_another_key() -> None:
+    def of(anchors: list[int]) -> bytes:
+        sequence = Sequence("a", 0, ids(3, 4, 5), anchors=ids(*anchors))
+        signal = Signal(sampled=False, continuations=2, chunk_tokens=1)
+        (found,) = sequence_keys(teacher_digest(IDENTITY, {}), ScoreRequest((ids(1),), (sequence,), signal))
+        return found
+
+    assert len({of([]), of([0]), of([1]), of([0, 1])}) == 4
 
 
 def test_candidates_that_are_not_asked_for_change_nothing() -> None:

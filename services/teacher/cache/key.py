@@ -1,8 +1,9 @@
 """What a score is a score of, as 32 bytes: equal exactly when the same engine is asked the same thing.
 
 In the key: who scores (every field of the identity but its name, and the settings that change numbers
-and are in no identity), the signal with temperature and encoding, the context, the response and the
-candidates. Not in it: the names of teacher, request and sequence, and pins, which change no number.
+and are in no identity), the signal with temperature and encoding, the context, the response, the
+candidates and the anchors. Not in it: the names of teacher, request and sequence, and pins, which change
+no number.
 
 Of the identity, `revision` is the hash of a local model's content or the commit of a hub's, so a path
 with other weights in it is another teacher; `weights_version` and `weights_id` tell the publications of
@@ -49,6 +50,8 @@ def sequence_keys(teacher: bytes, request: ScoreRequest) -> list[bytes]:
         parts = teacher + asked + contexts[sequence.context] + _ids(sequence.response_ids)
         if request.signal.candidates and sequence.candidate_ids is not None:
             parts += _ids(sequence.candidate_ids)
+        if request.signal.continuations and sequence.anchors is not None:
+            parts += _ids(sequence.anchors)
         keys.append(hashlib.sha256(parts).digest())
     return keys
 
