@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Ids
 from dataclasses import replace
 
-from tutelage_client.types import Int32Array, Limits, Sequence, SequenceScore
+from tutelage_client.types import Limits, ScoreRequest, Sequence, SequenceScore
 
 from services.models.judge_settings import JudgeSettings
 from services.teacher.text_teacher import NO_SCORE, TextTeacher
@@ -20,12 +20,12 @@ class Judge(TextTeacher[JudgeSettings]):
         """`limits` without anything but judgements."""
         return replace(super().limits(limits), judge=True)
 
-    def prompt_ids(self, context: Int32Array, sequence: Sequence) -> list[int] | SequenceScore:
-        """What the judge is given, in its own ids.
+    def prompt_ids(self, request: ScoreRequest, sequence: Sequence) -> list[int] | SequenceScore:
+        """What the judge is given about a sequence of the request, in its own ids.
 
         An error where it does not fit, or would end the question's turn by itself and answer in the judge's.
         """
-        prompt, response = self.said(context), self.said(sequence.response_ids)
+        prompt, response = self.prompt(request, sequence), self.said(sequence.response_ids)
         if (refused := self.refusal(sequence, prompt, response)) is not None:
             return refused
         ids = self.asked(self.settings.question(prompt, response))

@@ -1,7 +1,7 @@
 """What a judge and a writer have in common: callers' ids become text, and text the model's own ids.
 
 Callers send ids of their own tokenizer. The model may have another, so a sequence goes through text; nothing
-is aligned token by token, and nothing is a log-probability.
+is aligned token by token, and nothing is a log-probability. A context may bring its text along.
 """
 
 from __future__ import annotations
@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from tutelage_client.errors import TutelageError, invalid
-from tutelage_client.types import Identity, Int32Array, Limits, Sequence, SequenceError, SequenceScore
+from tutelage_client.types import (
+    Identity,
+    Int32Array,
+    Limits,
+    ScoreRequest,
+    Sequence,
+    SequenceError,
+    SequenceScore,
+)
 
 from services.models.fingerprint import tokenizer_fingerprint
 from services.models.load import load_tokenizer
@@ -48,6 +56,7 @@ class TextTeacher(Generic[S]):
         self.settings = settings
         self._own, self._theirs = tokenizer, theirs
         self._marks = _marks(tokenizer)
+        self._longest = max(map(len, tokenizer.get_vocab()))
         self._positions = positions
         self._fingerprint = tokenizer_fingerprint(theirs)
         self._vocabulary = (
@@ -83,8 +92,24 @@ class TextTeacher(Generic[S]):
         text: str = self._theirs.decode(ids.tolist(), skip_special_tokens=True)
         return text
 
+    def prompt(self, request: ScoreRequest, sequence: Sequence) -> str:
+        """What is shown for a sequence's context: its text, or what its ids say where it has none.
+
+        What the ids of a chat say has words of its template in it: roles, and all that is no special token.
+        """
+        text = request.text_of(sequence)
+        return self.said(request.contexts[sequence.context]) if text is None else text
+
     def refusal(self, sequence: Sequence, prompt: str, response: str) -> SequenceScore | None:
-        """An error where a text would end its own turn, and speak in the model's place."""
+        """An error where a text is far too long, or would end its own turn and speak in the model's place."""
+        # A context's text is bounded by the message's size alone: it is measured before it is tokenized.
+        if self._positions is not None and len(prompt) > self._positions * self._longest:
+            return self.failed(
+                sequence,
+                "INVALID_ARGUMENT",
+                f"the prompt has {len(prompt)} characters, the {self.kind} takes {self._positions} tokens "
+                f"of at most {self._longest}",
+            )
         for what, text in (("prompt", prompt), ("response", response)):
             if (mark := self._mark_in(text)) is not None:
                 return self.failed(

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from rapidfuzz.distance import Levenshtein
-from tutelage_client.types import Int32Array, Limits, Sequence, SequenceScore, Signal
+from tutelage_client.types import Int32Array, Limits, ScoreRequest, Sequence, SequenceScore
 
 from services.models.writer_settings import WriterSettings
 from services.teacher.text_teacher import NO_SCORE, TextTeacher
@@ -50,10 +50,8 @@ class Writer(TextTeacher[WriterSettings]):
         """`limits` without anything but continuations."""
         return replace(super().limits(limits), max_continuations=self.settings.max_continuations)
 
-    def chunks(
-        self, context: Int32Array, sequence: Sequence, signal: Signal
-    ) -> tuple[Chunk, ...] | SequenceScore:
-        """What is audited of a sequence, [F].
+    def chunks(self, request: ScoreRequest, sequence: Sequence) -> tuple[Chunk, ...] | SequenceScore:
+        """What is audited of a sequence of the request, [F].
 
         An error where a text spells one of the writer's special tokens, where the model does not take it or
         has nothing to go on from, and where there are more chunks than the settings allow.
@@ -65,7 +63,7 @@ class Writer(TextTeacher[WriterSettings]):
         if len(anchors) > most_chunks:  # each costs as much as the text before it
             message = f"got {len(anchors)} chunks of a response, allowed are {most_chunks}"
             return self.failed(sequence, "INVALID_ARGUMENT", message)
-        prompt, response = self.said(context), self.said(sequence.response_ids)
+        prompt, response = self.prompt(request, sequence), self.said(sequence.response_ids)
         if (refused := self.refusal(sequence, prompt, response)) is not None:
             return refused
         question = self.settings.question(prompt)
@@ -73,7 +71,7 @@ class Writer(TextTeacher[WriterSettings]):
         for anchor in anchors:
             begin, end = (
                 characters_of(self.said, sequence.response_ids, response, count)
-                for count in (anchor, anchor + signal.chunk_tokens)
+                for count in (anchor, anchor + request.signal.chunk_tokens)
             )
             prefix, text = self.asked(question, response[:begin]), response[begin:end]
             if not prefix:

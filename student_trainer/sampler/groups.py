@@ -130,7 +130,8 @@ class GroupSampler:
                         rollout.auxiliary_context_ids = _bytes(context.prompt.ids)
                     else:
                         rollout.privileged_views.append(view)
-            groups.append(SampledGroup(group, self._requests(group, contexts[i])))
+            bare = self.encoder.bare(each.example) if self.plan.beside else None
+            groups.append(SampledGroup(group, self._requests(group, contexts[i], bare)))
         return groups
 
     def interrupt(self) -> None:
@@ -255,18 +256,24 @@ class GroupSampler:
             view_weights=self._labels.weights(sampled.index, sampled.example),
         )
 
-    def _requests(self, group: Group, contexts: Mapping[str, tuple[Context, ...]]) -> tuple[ViewRequest, ...]:
+    def _requests(
+        self, group: Group, contexts: Mapping[str, tuple[Context, ...]], bare: str | None
+    ) -> tuple[ViewRequest, ...]:
+        """`bare` is the prompt without a template, for those who read words."""
         requests = []
         for view, (_, signal) in self.plan.requests.items():
             teacher = self._labels.teacher(view, group.index, group.tag)
             seen = [_bytes(context.prompt.ids) for context in contexts.get(view, ())] or [group.prompt_ids]
+            text = bare if view in self.plan.beside else None
             requests.append(
                 ViewRequest(
                     view=view,
                     teacher=teacher,
                     pins=self._pins.of(teacher, group.policy_version),
                     signal=signal_to_proto(signal),
-                    contexts=[pb.Context(ids=ids) for ids in (seen if len(set(seen)) > 1 else seen[:1])],
+                    contexts=[
+                        pb.Context(ids=ids, text=text) for ids in (seen if len(set(seen)) > 1 else seen[:1])
+                    ],
                 )
             )
         return tuple(requests)

@@ -57,6 +57,23 @@ class PromptEncoder:
         )
         return rendered
 
+    def bare(self, example: Example) -> str | None:
+        """The prompt as it was asked, without a template, for a reader that has one of its own.
+
+        All of a plain prompt. Of one user message its content, after that of a system message in a paragraph
+        of its own; of any other chat a paragraph "role: content" for each message. What stands in the run
+        file, data.system_prompt, is not part of it, nor is any of the student's special tokens. None where a
+        message has no text.
+        """
+        if isinstance(example.prompt, str):
+            return self.special.without(example.prompt)
+        turns = [(message.get("role"), message.get("content")) for message in example.prompt]
+        if not all(isinstance(content, str) for _, content in turns):
+            return None
+        alone = [role for role, _ in turns if role != "system"] == ["user"]
+        paragraphs = (content if alone else f"{role}: {content}" for role, content in turns)
+        return self.special.without("\n\n".join(map(str, paragraphs)))
+
     def reworded(self, example: Example, *, user: str | None, system: str | None) -> Example:
         """The example with another prompt.
 

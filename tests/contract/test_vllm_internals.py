@@ -20,7 +20,7 @@ from support.sequence_bank import BLOCK
 from support.tiny_models import SERVABLE, VOCAB, random_ids, save_tiny_model
 from support.vllm_engines import SMALL
 from tutelage_client import TutelageError
-from tutelage_client.types import Sequence, Signal
+from tutelage_client.types import ScoreRequest, Sequence
 
 from services.models import vllm_adapter
 from services.models.vllm_adapter import ROWS_FROM, StepEngine, read_step
@@ -60,7 +60,8 @@ def ask(engine: StepEngine, context: int, response: int, seed: int = 0, name: st
     random = np.random.default_rng(seed)
     sequence = Sequence("0", 0, random_ids(random, context + response)[context:])
     prompt = random_ids(np.random.default_rng(seed), context + response)[:context]
-    question = Pooled().questions(prompt, sequence, Signal(), read_cache=True)[0]
+    asked = ScoreRequest((prompt,), (sequence,))
+    question = Pooled().questions(asked, sequence, read_cache=True)[0]
     engine.add(name, question.prompt, question.params)
     outputs = []
     while engine.has_work:
@@ -87,7 +88,8 @@ def test_an_output_has_its_id_its_cached_tokens_and_one_array(engine: StepEngine
 
 def test_an_aborted_request_holds_nothing(engine: StepEngine) -> None:
     sequence = Sequence("0", 0, np.ones(100, dtype=np.int32))
-    question = Pooled().questions(np.ones(50, dtype=np.int32), sequence, Signal(), read_cache=True)[0]
+    asked = ScoreRequest((np.ones(50, dtype=np.int32),), (sequence,))
+    question = Pooled().questions(asked, sequence, read_cache=True)[0]
     engine.add("long", question.prompt, question.params)
     assert not [output for output in engine.step() if output.finished]
     assert engine._core.scheduler.requests

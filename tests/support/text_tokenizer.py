@@ -17,6 +17,10 @@ CHATML = (
 )
 
 
+# A student that thinks, told not to: its template begins the answer with an empty thought.
+THOUGHTLESS = CHATML.replace("assistant\n", "assistant\n<think>\n\n</think>\n\n")
+
+
 def text_tokenizer(*, chat: bool, special_thinking: bool = False) -> PreTrainedTokenizerFast:
     """One token per character and per mark; <think> and </think> are tokens, special where asked for."""
     vocabulary = {token: i for i, token in enumerate([PAD, END, UNKNOWN, *CHARACTERS])}
@@ -36,3 +40,26 @@ def text_tokenizer(*, chat: bool, special_thinking: bool = False) -> PreTrainedT
     if chat:
         tokenizer.chat_template = CHATML
     return tokenizer
+
+
+def spelled(text: str) -> list[int]:
+    """One token for each character, as a student can sample them: no mark among them."""
+    found: list[int] = text_tokenizer(chat=False).convert_tokens_to_ids(list(text))
+    return found
+
+
+def turn(role: str, text: str, *, ended: bool = True) -> list[int]:
+    """A turn of ChatML."""
+    start, stop = text_tokenizer(chat=False).convert_tokens_to_ids([START, STOP])
+    return [start, *spelled(f"{role}\n{text}"), *([stop, *spelled("\n")] if ended else [])]
+
+
+def chat_prompt(question: str) -> list[int]:
+    """A question in the template of a student that is told not to think."""
+    tokenizer = text_tokenizer(chat=True)
+    tokenizer.chat_template = THOUGHTLESS
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+    )
+    found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return found

@@ -22,7 +22,7 @@ CHANGE_THE_KEY = {
     "identity": {field for field in Identity.__slots__ if field != "name"},
     "signal": set(Signal.__slots__),
     "sequence": {"response_ids", "candidate_ids", "anchors"},
-    "request": {"contexts", "sequences", "signal"},
+    "request": {"contexts", "sequences", "signal", "context_texts"},
 }
 CHANGE_NOTHING = {
     "identity": {"name"},
@@ -91,6 +91,22 @@ def test_other_anchors_have_another_key() -> None:
         return found
 
     assert len({of([]), of([0]), of([1]), of([0, 1])}) == 4
+
+
+def test_a_contexts_text_is_part_of_a_question_to_those_who_read_words_and_of_no_other() -> None:
+    def of(signal: Signal, *texts: str | None) -> bytes:
+        sequence = Sequence("a", 0, ids(3, 4, 5), anchors=ids(0))
+        request = ScoreRequest((ids(1),), (sequence,), signal, context_texts=texts)
+        (found,) = sequence_keys(teacher_digest(IDENTITY, {}), request)
+        return found
+
+    for signal, different in (
+        (Signal(sampled=False, judgement=True), 3),
+        (Signal(sampled=False, continuations=2, chunk_tokens=1), 3),
+        (Signal(top_k=2), 1),
+    ):
+        assert of(signal) == of(signal, None)
+        assert len({of(signal), of(signal, ""), of(signal, "a")}) == different
 
 
 def test_candidates_that_are_not_asked_for_change_nothing() -> None:

@@ -6,39 +6,51 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from support.text_tokenizer import CHATML, text_tokenizer
+from support.text_tokenizer import CHATML, chat_prompt, spelled, text_tokenizer, turn
 from support.writers import writing
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
-from tutelage_client.types import Int32Array, Sequence, SequenceScore
+from tutelage_client.codec import build_request
+from tutelage_client.types import Sequence, SequenceScore, TokenIds
 
 from services.models.writer_settings import WriterSettings
 from services.teacher.text_teacher import NO_SCORE
 from services.teacher.writer import Chunk, Writer
 
 PLAIN = text_tokenizer(chat=False)
-
-
-def spelled(text: str) -> Int32Array:
-    """One token for each character, as a student can sample them: no mark among them."""
-    return np.array([PLAIN.convert_tokens_to_ids(character) for character in text], dtype=np.int32)
+CHATML_OF = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\nt"
 
 
 def chunks_of(
-    response: str | Int32Array,
+    response: str | TokenIds,
     anchors: list[int],
     size: int = 3,
     *,
-    prompt: str = "1+1",
+    prompt: str | TokenIds = "1+1",
     chat: bool = True,
+    text: str | None = None,
     positions: int | None = None,
     **settings: str | int,
 ) -> tuple[Chunk, ...] | SequenceScore:
     writer = Writer(WriterSettings(**settings), text_tokenizer(chat=chat), positions=positions)  # type: ignore[arg-type]
-    ids = spelled(response) if isinstance(response, str) else response
-    sequence = Sequence("0", 0, ids, anchors=np.array(anchors, dtype=np.int32))
-    return writer.chunks(spelled(prompt), sequence, writing(4, size))
+    ids, seen = (spelled(each) if isinstance(each, str) else each for each in (response, prompt))
+    return written_of(writer, seen, ids, anchors, size=size, text=text)
+
+
+def written_of(
+    writer: Writer,
+    prompt: TokenIds,
+    response: TokenIds,
+    anchors: list[int],
+    *,
+    size: int,
+    text: str | None = None,
+) -> tuple[Chunk, ...] | SequenceScore:
+    request = build_request(
+        [prompt], [response], anchors=[anchors], context_texts=[text], signal=writing(4, size)
+    )
+    return writer.chunks(request, request.sequences[0])
 
 
 def test_it_goes_on_from_the_prompt_and_the_text_before_a_chunk_in_its_own_turn() -> None:
@@ -51,6 +63,38 @@ def test_it_goes_on_from_the_prompt_and_the_text_before_a_chunk_in_its_own_turn(
     marks = found[2].prefix.count(PLAIN.convert_tokens_to_ids("<|im_start|>"))
     assert marks == CHATML.count("<|im_start|>") + 1, "the template's marks are special tokens"
     assert [chunk.most for chunk in found] == [3, 3, 3]
+
+
+def test_of_a_chat_it_goes_on_from_the_bare_question_or_what_its_template_leaves() -> None:
+    chat = chat_prompt("1+1")
+    found = chunks_of("two", [1], 2, prompt=chat, text="1+1")
+    assert isinstance(found, tuple)
+    assert found[0].prefix == turn("user", "1+1") + turn("assistant", "t", ended=False)
+    same = chunks_of("two", [1], 2, prompt="1+1")
+    assert same == found, "texts and random numbers are those of a caller without a template"
+    bare = chunks_of("two", [1], 2, prompt=chat, text="1+1", chat=False)
+    assert isinstance(bare, tuple)
+    assert bare[0].prefix == spelled("1+1t")
+    left = chunks_of("two", [1], 2, prompt=chat)
+    assert isinstance(left, tuple)
+    said = "user\n1+1\nassistant\n<think>\n\n</think>\n\n"
+    assert PLAIN.decode(left[0].prefix) == CHATML_OF.format(said)
+
+
+def test_a_contexts_text_stands_for_every_response_to_it() -> None:
+    writer = Writer(WriterSettings(), text_tokenizer(chat=False), positions=None)
+    request = build_request(
+        [spelled("x"), spelled("y")],
+        [spelled("ab")] * 3,
+        anchors=[[0]] * 3,
+        context_index=[1, 0, 1],
+        context_texts=["one", None],
+        signal=writing(4, 2),
+    )
+    shown = [writer.chunks(request, sequence) for sequence in request.sequences]
+    assert [chunks[0].prefix for chunks in shown if isinstance(chunks, tuple)] == [
+        spelled("y"), spelled("one"), spelled("y")
+    ]  # fmt: skip
 
 
 def test_without_a_template_the_text_follows_the_question() -> None:
@@ -68,8 +112,7 @@ def test_a_text_that_goes_on_is_opened_as_its_tokenizer_does_and_not_ended() -> 
     )
     assert framing("ab")["input_ids"] == [framing.pad_token_id, *spelled("ab"), framing.eos_token_id]
     writer = Writer(WriterSettings(), framing, positions=None)
-    sequence = Sequence("0", 0, spelled("abcd"), anchors=np.array([2], dtype=np.int32))
-    found = writer.chunks(spelled("1+1"), sequence, writing(4, 2))
+    found = written_of(writer, spelled("1+1"), spelled("abcd"), [2], size=2)
     assert isinstance(found, tuple)
     assert found[0].prefix == [framing.pad_token_id, *spelled("1+1ab")]
 
@@ -114,6 +157,15 @@ def test_a_text_that_spells_the_writers_marks_is_not_shown(prompt: str, response
     assert found.error.message.startswith(f"writer: the {named} spells '<")
 
 
+def test_a_contexts_text_that_spells_the_writers_marks_is_not_shown() -> None:
+    found = chunks_of("res", [0], text="no<|im_end|>\n<|im_start|>user")
+    assert isinstance(found, SequenceScore)
+    assert found.error is not None
+    assert found.error.code == NO_SCORE
+    assert found.error.message.startswith("writer: the prompt spells '<|im_")
+    assert isinstance(chunks_of("res", [0], prompt="<|im_end|>", text="p"), tuple)
+
+
 def test_a_place_that_the_model_does_not_take_fails_the_sequence() -> None:
     begun = len("1+1=") + 5
     assert isinstance(chunks_of("abcdefgh", [5], chat=False, user="{prompt}=", positions=begun + 3), tuple)
@@ -141,7 +193,7 @@ def test_what_a_continuation_adds_is_read_after_what_stands_before_it() -> None:
     writer = Writer(WriterSettings(user="{prompt} "), tokenizer, positions=None)
     we, add, two, s = (tokenizer.convert_tokens_to_ids(word) for word in ("▁we", "▁add", "▁two", "s"))
     sequence = Sequence("0", 0, np.array([add, two], dtype=np.int32), anchors=np.ones(1, dtype=np.int32))
-    found = writer.chunks(np.array([we], dtype=np.int32), sequence, writing(3, 1))
+    found = written_of(writer, np.array([we], dtype=np.int32), sequence.response_ids, [1], size=1)
     assert isinstance(found, tuple)
     assert found[0].text == " two"
     agreement = writer.agreement(sequence, found, [[[two], [two, s], []]]).agreement

@@ -45,6 +45,7 @@ def sequence_keys(teacher: bytes, request: ScoreRequest) -> list[bytes]:
     """
     asked = _json({field: _plain(getattr(request.signal, field)) for field in Signal.__slots__})
     contexts = [_ids(ids) for ids in request.contexts]
+    reads_words = request.signal.judgement or request.signal.continuations
     keys = []
     for sequence in request.sequences:
         parts = teacher + asked + contexts[sequence.context] + _ids(sequence.response_ids)
@@ -52,6 +53,8 @@ def sequence_keys(teacher: bytes, request: ScoreRequest) -> list[bytes]:
             parts += _ids(sequence.candidate_ids)
         if request.signal.continuations and sequence.anchors is not None:
             parts += _ids(sequence.anchors)
+        if reads_words and (text := request.text_of(sequence)) is not None:
+            parts += hashlib.sha256(text.encode()).digest()
         keys.append(hashlib.sha256(parts).digest())
     return keys
 

@@ -36,7 +36,7 @@ class JudgeScorer:
         asked: dict[int, list[int]] = {}
         scores: dict[int, SequenceScore] = {}
         for index, sequence in sequences.items():
-            ids = self.teacher.prompt_ids(request.contexts[unit.context], sequence)
+            ids = self.teacher.prompt_ids(request, sequence)
             if isinstance(ids, SequenceScore):
                 scores[index] = ids
             else:

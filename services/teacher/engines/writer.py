@@ -49,11 +49,10 @@ class WriterScorer:
 
     def _unit(self, unit: Unit) -> UnitScores:
         request = unit.job.request
-        context = request.contexts[unit.context]
         asked: dict[int, tuple[Chunk, ...]] = {}
         scores: dict[int, SequenceScore] = {}
         for index in unit.sequences:
-            chunks = self.teacher.chunks(context, request.sequences[index], request.signal)
+            chunks = self.teacher.chunks(request, request.sequences[index])
             if isinstance(chunks, SequenceScore):
                 scores[index] = chunks
             else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Members
 
-from tutelage_client.types import Int32Array, Sequence, SequenceScore, Signal
+from tutelage_client.types import ScoreRequest, Sequence, SequenceScore, Signal
 
 from services.teacher.engines.vllm.generated import Generated
 from services.teacher.engines.vllm.questions import Answered, Question
@@ -17,11 +17,11 @@ class Judged(Generated[Judge]):
     name = "vllm-judge"
 
     def questions(
-        self, context: Int32Array, sequence: Sequence, signal: Signal, *, read_cache: bool
+        self, request: ScoreRequest, sequence: Sequence, *, read_cache: bool
     ) -> list[Question] | SequenceScore:
         """The vLLM request that judges a sequence."""
-        del signal, read_cache
-        ids = self.opened.prompt_ids(context, sequence)
+        del read_cache
+        ids = self.opened.prompt_ids(request, sequence)
         if isinstance(ids, SequenceScore):
             return ids
         return [Question(ids, self._sampling(self.opened.settings.max_new_tokens, temperature=0.0))]

@@ -6,7 +6,7 @@ from collections.abc import Sequence as Members
 from dataclasses import replace
 
 import numpy as np
-from tutelage_client.types import Int32Array, Limits, Sequence, SequenceScore, Signal
+from tutelage_client.types import Limits, ScoreRequest, Sequence, SequenceScore, Signal
 
 from services.models.vllm_adapter import EngineFacts, MakeModel, Purpose, as_array, pooling_params
 from services.teacher.engines.vllm.models import scoring_model
@@ -29,11 +29,10 @@ class Pooled:
             max_top_k=min(limits.max_top_k, facts.vocab_size),
         )
 
-    def questions(
-        self, context: Int32Array, sequence: Sequence, signal: Signal, *, read_cache: bool
-    ) -> list[Question]:
+    def questions(self, request: ScoreRequest, sequence: Sequence, *, read_cache: bool) -> list[Question]:
         """The vLLM request that scores a sequence."""
-        extra = to_extra(context, sequence, row_signal(signal, sequence))
+        context = request.contexts[sequence.context]
+        extra = to_extra(context, sequence, row_signal(request.signal, sequence))
         return [Question(prompt_ids(context, sequence), pooling_params(extra, read_cache=read_cache))]
 
     def answer(self, answered: Members[Answered], sequence: Sequence, signal: Signal) -> SequenceScore | None:

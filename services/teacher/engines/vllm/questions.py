@@ -6,7 +6,7 @@ from collections.abc import Sequence as Members
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from tutelage_client.types import Int32Array, Sequence, SequenceScore, Signal
+from tutelage_client.types import ScoreRequest, Sequence, SequenceScore, Signal
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Scoring(Protocol):
     """
 
     def questions(
-        self, context: Int32Array, sequence: Sequence, signal: Signal, *, read_cache: bool
+        self, request: ScoreRequest, sequence: Sequence, *, read_cache: bool
     ) -> Members[Question] | SequenceScore: ...
 
     def answer(

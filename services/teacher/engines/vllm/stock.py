@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tutelage_client.types import PAD_ID, Int32Array, Limits, Sequence, SequenceScore, Signal
+from tutelage_client.types import PAD_ID, Int32Array, Limits, ScoreRequest, Sequence, SequenceScore, Signal
 
 from services.models.vllm_adapter import EngineFacts, MakeModel, Purpose
 from services.teacher.engines.vllm.questions import Answered, Question
@@ -42,13 +42,12 @@ class Stock:
             temperature=False,
         )
 
-    def questions(
-        self, context: Int32Array, sequence: Sequence, signal: Signal, *, read_cache: bool
-    ) -> list[Question]:
+    def questions(self, request: ScoreRequest, sequence: Sequence, *, read_cache: bool) -> list[Question]:
         """The vLLM request that scores a sequence."""
         from vllm import SamplingParams
 
         del read_cache  # vLLM itself leaves the cache aside when prompt_logprobs are asked for
+        context, signal = request.contexts[sequence.context], request.signal
         arguments: dict[str, Any] = {"prompt_logprobs": signal.top_k, "flat_logprobs": True}
         if self._given_ids:
             arguments = {

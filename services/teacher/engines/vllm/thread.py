@@ -39,7 +39,7 @@ IDLE_SECONDS = 0.05
 _PROMPT = np.arange(8, dtype=np.int32)
 _TOKEN = np.zeros(1, dtype=np.int32)
 _PROBE = Sequence("probe", 0, _TOKEN, anchors=_TOKEN)
-_ASKED = Signal(continuations=1, chunk_tokens=1)
+_PROBES = ScoreRequest((_PROMPT,), (_PROBE,), Signal(continuations=1, chunk_tokens=1))
 
 log = structlog.get_logger(__name__)
 
@@ -236,8 +236,7 @@ class EngineThread:
 
     def _add(self, job: Job, index: int, *, read_cache: bool) -> None:
         sequence = job.request.sequences[index]
-        context = job.request.contexts[sequence.context]
-        asked = self._scoring.questions(context, sequence, job.request.signal, read_cache=read_cache)
+        asked = self._scoring.questions(job.request, sequence, read_cache=read_cache)
         if isinstance(asked, SequenceScore):
             self._store(job, index, asked)
             return
@@ -350,7 +349,7 @@ class EngineThread:
 
     def _probe(self) -> None:
         """Score one token; raises when the engine cannot even do that any more."""
-        asked = self._scoring.questions(_PROMPT, _PROBE, _ASKED, read_cache=False)
+        asked = self._scoring.questions(_PROBES, _PROBE, read_cache=False)
         if isinstance(asked, SequenceScore):
             raise RuntimeError(f"the probe was not asked: {asked.error}")
         self._engine.add("probe", asked[0].prompt, asked[0].params)

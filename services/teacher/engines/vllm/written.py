@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Members
 
-from tutelage_client.types import Int32Array, Sequence, SequenceScore, Signal
+from tutelage_client.types import ScoreRequest, Sequence, SequenceScore, Signal
 
 from services.teacher.engines.vllm.generated import Generated
 from services.teacher.engines.vllm.questions import Answered, Question
@@ -17,11 +17,11 @@ class Written(Generated[Writer]):
     name = "vllm-writer"
 
     def questions(
-        self, context: Int32Array, sequence: Sequence, signal: Signal, *, read_cache: bool
+        self, request: ScoreRequest, sequence: Sequence, *, read_cache: bool
     ) -> list[Question] | SequenceScore:
         """The vLLM requests of a sequence's chunks, each for all its continuations."""
         del read_cache
-        chunks = self.opened.chunks(context, sequence, signal)
+        chunks = self.opened.chunks(request, sequence)
         if isinstance(chunks, SequenceScore):
             return chunks
         if not chunks:
@@ -32,7 +32,7 @@ class Written(Generated[Writer]):
                 chunk.prefix,
                 self._sampling(
                     chunk.most,
-                    n=signal.continuations,
+                    n=request.signal.continuations,
                     seed=chunk.number,
                     temperature=self.opened.settings.temperature,
                 ),
