@@ -93,7 +93,7 @@ int32s = st.integers(-(2**31), 2**31 - 1)
 good_ids = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=6).map(codec.pack_ids)
 likely_ids = st.lists(st.integers(-2, VOCAB + 1), max_size=6).map(codec.pack_ids)
 id_bytes = good_ids | likely_ids | st.binary(max_size=20)
-contexts = st.builds(pb.Context, ids=good_ids | id_bytes)
+contexts = st.builds(pb.Context, ids=good_ids | id_bytes, text=st.none() | st.text(max_size=3))
 sequences = st.builds(
     pb.Sequence,
     id=st.uuids().map(str) | st.text(max_size=3),

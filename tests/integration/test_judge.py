@@ -97,6 +97,8 @@ async def test_words_become_a_number_or_an_error_and_each_stands_alone(engine: E
     assert "last line is 'x', must be '0 … 9'" in errors[2].message  # type: ignore[union-attr]
     assert "cut after 4 tokens" in errors[3].message  # type: ignore[union-attr]
     assert "the judge takes 256" in errors[5].message  # type: ignore[union-attr]
+    texts = await engine.score(replace(asked(["a"]), context_texts=("2<end>",)))
+    assert "the prompt spells '<end>'" in texts.sequences[0].error.message  # type: ignore[union-attr]
     many = await asyncio.gather(*(engine.score(asked([text] * 3)) for text in ("a", "b", "2a") * 4))
     assert [one.sequences[2].judgement for one in many] == [7 / 9, 0.0, 7 / 9] * 4
     with pytest.raises(TutelageError, match="FAILED_PRECONDITION: weights: got others"):

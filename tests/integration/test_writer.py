@@ -120,6 +120,10 @@ async def test_texts_become_numbers_or_an_error_and_each_response_stands_alone(e
     assert error.code == "INVALID_ARGUMENT"
     longest = f"got {POSITIONS + 2} tokens with the question and 2 for the reply"
     assert error.message == f"writer: {longest}, the writer takes {POSITIONS}"
+    texts = await engine.score(replace(asked(["ab"], [[0]]), context_texts=("2<end>",)))
+    error = texts.sequences[0].error
+    assert error is not None
+    assert "the prompt spells '<end>'" in error.message
     long = await engine.score(asked(["abcdcbaabc", "ab"], [[0, 5], []], 5))
     expected = [single(similarity("abcab", "abcdc")), single(similarity("cabca", "baabc"))]
     assert agreements(long) == [expected, []]
