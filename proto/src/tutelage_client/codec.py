@@ -1,4 +1,4 @@
-"""Between numpy types and protobuf messages; the only place that knows the wire layout.
+"""Between numpy types and protobuf messages; with `ids` and `score_codec` the only place that knows the wire.
 
 Decoding views the message's bytes without a copy, so decoded arrays are read-only.
 """
@@ -7,21 +7,48 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from google.protobuf.message import Message
 from tutelage.v1 import teacher_pb2 as pb
 
 from tutelage_client import types as t
 from tutelage_client.errors import TutelageError, invalid, shown
+from tutelage_client.ids import as_ids, pack_ids, unpack_ids
+from tutelage_client.score_codec import (
+    ENCODINGS,
+    FLOATS,
+    identity_from_proto,
+    identity_to_proto,
+    score_from_proto,
+    score_to_bytes,
+    score_to_proto,
+    stream_answer_from_proto,
+)
 
-_FLOAT = {pb.ENCODING_UNSPECIFIED: "<f4", pb.ENCODING_FLOAT32: "<f4", pb.ENCODING_FLOAT16: "<f2"}
-_ENCODING: dict[t.EncodingName, pb.Encoding] = {
-    "float32": pb.ENCODING_FLOAT32,
-    "float16": pb.ENCODING_FLOAT16,
-}
+__all__ = [
+    "as_ids",
+    "build_request",
+    "identity_from_proto",
+    "identity_to_proto",
+    "pack_ids",
+    "pins_from_proto",
+    "pins_to_proto",
+    "request_from_proto",
+    "request_to_proto",
+    "request_tokens",
+    "score_from_proto",
+    "score_to_bytes",
+    "score_to_proto",
+    "signal_from_proto",
+    "signal_to_proto",
+    "stream_answer_from_proto",
+    "teacher_from_proto",
+    "teacher_request",
+    "teacher_to_proto",
+    "unpack_ids",
+]
+
 _SIGNAL_FIELDS = (
     "sampled",
     "top_k",
@@ -34,49 +61,11 @@ _SIGNAL_FIELDS = (
 )
 
 
-def pack_ids(ids: t.TokenIds, name: str = "ids") -> bytes:
-    """Token ids of any integer type and shape as little-endian int32 bytes."""
-    return _as_int32(ids, name).astype("<i4", copy=False).tobytes()
-
-
-def as_ids(ids: t.TokenIds, name: str = "ids") -> t.Int32Array:
-    """Token ids as a contiguous int32 array [N]; refuses floats, other shapes and values outside int32."""
-    array = _as_int32(ids, name)
-    if array.ndim != 1:
-        raise invalid(f"{name}: got shape {list(array.shape)}, must be one list of token ids")
-    return array
-
-
-def _as_int32(ids: t.TokenIds, name: str) -> t.Int32Array:
-    if isinstance(ids, np.ndarray) and ids.dtype == np.int32:
-        return np.ascontiguousarray(ids) if ids.ndim else ids
-    try:
-        array = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids))
-    except (TypeError, ValueError) as error:
-        raise invalid(f"{name}: got {shown(ids)}, must be token ids") from error
-    if array.size == 0:
-        return array.astype(np.int32)
-    if array.dtype.kind not in "iu":
-        raise invalid(f"{name}: got an array of {array.dtype}, token ids must be integers")
-    if array.max() > np.iinfo(np.int32).max or array.min() < np.iinfo(np.int32).min:
-        raise invalid(f"{name}: got ids from {array.min()} to {array.max()}, which is outside int32")
-    return array.astype(np.int32, order="C")
-
-
-def unpack_ids(data: bytes, name: str, columns: int | None = None) -> t.Int32Array:
-    """Little-endian int32 bytes as [N], or as [N, columns]."""
-    width = 4 * (1 if columns is None else columns)
-    if width <= 0 or len(data) % width:
-        raise invalid(f"{name}: got {len(data)} bytes, must be a multiple of {width}")
-    array = np.frombuffer(data, dtype="<i4")
-    return array if columns is None else array.reshape(-1, columns)
-
-
 def signal_to_proto(signal: t.Signal) -> pb.Signal:
     """Refuses what the wire cannot say, and a temperature of 0, which on the wire means 1."""
-    if signal.encoding not in _ENCODING:
-        raise invalid(f"signal.encoding: got {shown(signal.encoding)}, allowed are {', '.join(_ENCODING)}")
-    message = pb.Signal(encoding=_ENCODING[signal.encoding])
+    if signal.encoding not in ENCODINGS:
+        raise invalid(f"signal.encoding: got {shown(signal.encoding)}, allowed are {', '.join(ENCODINGS)}")
+    message = pb.Signal(encoding=ENCODINGS[signal.encoding])
     for field in _SIGNAL_FIELDS:
         _set(message, field, getattr(signal, field), "signal.")
     try:
@@ -97,7 +86,7 @@ def _set(message: Message, field: str, value: object, prefix: str = "") -> None:
 
 
 def signal_from_proto(message: pb.Signal) -> t.Signal:
-    if message.encoding not in _FLOAT:
+    if message.encoding not in FLOATS:
         raise invalid(f"signal.encoding: got {message.encoding}, allowed are 1 (float32) and 2 (float16)")
     return t.Signal(
         sampled=message.sampled,
@@ -252,14 +241,6 @@ def _sequence_from_proto(index: int, message: pb.Sequence) -> t.Sequence:
     )
 
 
-def identity_to_proto(identity: t.Identity) -> pb.Identity:
-    return pb.Identity(**{name: getattr(identity, name) for name in t.Identity.__slots__})
-
-
-def identity_from_proto(message: pb.Identity) -> t.Identity:
-    return t.Identity(**{name: getattr(message, name) for name in t.Identity.__slots__})
-
-
 def teacher_to_proto(teacher: t.Teacher) -> pb.GetTeacherResponse:
     limits = pb.Limits(**{name: getattr(teacher.limits, name) for name in t.Limits.__slots__})
     return pb.GetTeacherResponse(
@@ -270,162 +251,6 @@ def teacher_to_proto(teacher: t.Teacher) -> pb.GetTeacherResponse:
 def teacher_from_proto(message: pb.GetTeacherResponse) -> t.Teacher:
     limits = t.Limits(**{name: getattr(message.limits, name) for name in t.Limits.__slots__})
     return t.Teacher(identity=identity_from_proto(message.identity), limits=limits, ready=message.ready)
-
-
-def _packed(array: npt.NDArray[Any] | None, dtype: str) -> bytes:
-    return b"" if array is None else array.astype(dtype, copy=False).tobytes()
-
-
-def score_to_proto(score: t.Score, encoding: t.EncodingName = "float32") -> pb.ScoreResponse:
-    return pb.ScoreResponse(
-        request_id=score.request_id,
-        identity=identity_to_proto(score.identity),
-        sequences=[_sequence_score_to_proto(s, encoding) for s in score.sequences],
-        usage=pb.Usage(**{name: getattr(score.usage, name) for name in t.Usage.__slots__}),
-    )
-
-
-def _sequence_score_to_proto(score: t.SequenceScore, encoding: t.EncodingName) -> pb.SequenceScore:
-    if score.error is not None:
-        error = pb.SequenceError(code=score.error.code, message=score.error.message)
-        return pb.SequenceScore(id=score.id, error=error)
-    message = _sequence_score_head(score, encoding)
-    floats = _FLOAT[_ENCODING[encoding]]
-    message.sampled = _packed(score.sampled, floats)
-    message.top_ids = _packed(score.top_ids, "<i4")
-    message.top_logprobs = _packed(score.top_logprobs, floats)
-    message.candidate_logprobs = _packed(score.candidate_logprobs, floats)
-    message.entropy = _packed(score.entropy, floats)
-    message.valid = _packed(score.valid, "u1")
-    message.hidden = _packed(score.hidden, "<f2")
-    return message
-
-
-def _sequence_score_head(score: t.SequenceScore, encoding: t.EncodingName) -> pb.SequenceScore:
-    """Everything of a sequence's answer but its arrays over positions."""
-    return pb.SequenceScore(
-        id=score.id,
-        num_positions=score.num_positions,
-        top_k=0 if score.top_ids is None else score.top_ids.shape[1],
-        num_candidates=0 if score.candidate_logprobs is None else score.candidate_logprobs.shape[1],
-        encoding=_ENCODING[encoding],
-        judgement=score.judgement,
-        verdict=score.verdict,
-        num_layers=0 if score.hidden is None else score.hidden.shape[1],
-        hidden_size=0 if score.hidden is None else score.hidden.shape[2],
-        agreement=None if score.agreement is None else _packed(score.agreement, "<f4"),
-        num_chunks=0 if score.agreement is None else len(score.agreement),
-    )
-
-
-def score_to_bytes(score: t.Score, encoding: t.EncodingName = "float32") -> bytes:
-    """What `score_to_proto(score, encoding).SerializeToString()` says, with each array copied once.
-
-    The array fields are written out by hand, since protobuf would copy each of them three times: an
-    answer of 2,048 positions and 64 ids then takes a fifth of the time. Field order is free in
-    protobuf, so the arrays follow whatever protobuf itself wrote of a message.
-    """
-    head = pb.ScoreResponse(
-        request_id=score.request_id,
-        identity=identity_to_proto(score.identity),
-        usage=pb.Usage(**{name: getattr(score.usage, name) for name in t.Usage.__slots__}),
-    )
-    parts: list[bytes | memoryview] = [head.SerializeToString()]
-    for sequence in score.sequences:
-        body = _sequence_score_parts(sequence, encoding)
-        parts.append(_field_head(pb.ScoreResponse.SEQUENCES_FIELD_NUMBER, sum(map(len, body))))
-        parts += body
-    return b"".join(parts)
-
-
-def _sequence_score_parts(score: t.SequenceScore, encoding: t.EncodingName) -> list[bytes | memoryview]:
-    if score.error is not None:
-        return [_sequence_score_to_proto(score, encoding).SerializeToString()]
-    parts: list[bytes | memoryview] = [_sequence_score_head(score, encoding).SerializeToString()]
-    floats = _FLOAT[_ENCODING[encoding]]
-    for number, array, dtype in (
-        (pb.SequenceScore.SAMPLED_FIELD_NUMBER, score.sampled, floats),
-        (pb.SequenceScore.TOP_IDS_FIELD_NUMBER, score.top_ids, "<i4"),
-        (pb.SequenceScore.TOP_LOGPROBS_FIELD_NUMBER, score.top_logprobs, floats),
-        (pb.SequenceScore.CANDIDATE_LOGPROBS_FIELD_NUMBER, score.candidate_logprobs, floats),
-        (pb.SequenceScore.ENTROPY_FIELD_NUMBER, score.entropy, floats),
-        (pb.SequenceScore.VALID_FIELD_NUMBER, score.valid, "u1"),
-        (pb.SequenceScore.HIDDEN_FIELD_NUMBER, score.hidden, "<f2"),
-    ):
-        if array is not None and array.size:
-            packed = np.ascontiguousarray(array, dtype=dtype)
-            parts += [_field_head(number, packed.nbytes), packed.data.cast("B")]
-    return parts
-
-
-def _field_head(number: int, size: int) -> bytes:
-    """Tag and length of a length-delimited field: (number << 3 | 2) and size, as varints."""
-    head = bytearray()
-    for value in (number << 3 | 2, size):
-        while value > 0x7F:
-            head.append(value & 0x7F | 0x80)
-            value >>= 7  # noqa: PLW2901 - the rest of the varint
-        head.append(value)
-    return bytes(head)
-
-
-def score_from_proto(message: pb.ScoreResponse) -> t.Score:
-    """Decode an answer; raises TutelageError when an array does not have its stated shape."""
-    return t.Score(
-        sequences=tuple(_sequence_score_from_proto(s) for s in message.sequences),
-        identity=identity_from_proto(message.identity),
-        usage=t.Usage(**{name: getattr(message.usage, name) for name in t.Usage.__slots__}),
-        request_id=message.request_id,
-    )
-
-
-def stream_answer_from_proto(message: pb.ScoreResponse) -> t.StreamAnswer:
-    if message.HasField("error"):
-        error = t.SequenceError(message.error.code, message.error.message)
-        return t.StreamAnswer(message.request_id, None, error)
-    return t.StreamAnswer(message.request_id, score_from_proto(message))
-
-
-def _sequence_score_from_proto(message: pb.SequenceScore) -> t.SequenceScore:
-    if message.HasField("error"):
-        return t.SequenceScore(message.id, t.SequenceError(message.error.code, message.error.message))
-    rows, top_k, candidates = message.num_positions, message.top_k, message.num_candidates
-    dtype = _FLOAT[message.encoding]
-
-    def array(field: str, data: bytes, kind: str, *columns: int) -> npt.NDArray[Any] | None:
-        if not data or 0 in columns:
-            return None
-        shape = (rows, *columns)
-        flat = np.frombuffer(data, dtype=kind)
-        if flat.size != math.prod(shape):
-            raise invalid(f"sequence {message.id!r} {field}: got {flat.size} values for shape {list(shape)}")
-        return flat.reshape(shape)
-
-    valid = array("valid", message.valid, "u1")
-    return t.SequenceScore(
-        id=message.id,
-        sampled=array("sampled", message.sampled, dtype),
-        top_ids=array("top_ids", message.top_ids, "<i4", top_k),
-        top_logprobs=array("top_logprobs", message.top_logprobs, dtype, top_k),
-        candidate_logprobs=array("candidate_logprobs", message.candidate_logprobs, dtype, candidates),
-        entropy=array("entropy", message.entropy, dtype),
-        valid=None if valid is None else valid.view(np.bool_),
-        judgement=message.judgement if message.HasField("judgement") else None,
-        verdict=message.verdict,
-        hidden=array("hidden", message.hidden, "<f2", message.num_layers, message.hidden_size),
-        agreement=_agreement(message),
-    )
-
-
-def _agreement(message: pb.SequenceScore) -> t.Float32Array | None:
-    if not message.HasField("agreement"):
-        return None
-    if len(message.agreement) != 4 * message.num_chunks:
-        raise invalid(
-            f"sequence {message.id!r} agreement: got {len(message.agreement)} bytes for "
-            f"{message.num_chunks} chunks"
-        )
-    return np.frombuffer(message.agreement, dtype="<f4")
 
 
 def build_request(
