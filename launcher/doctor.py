@@ -33,7 +33,8 @@ from services.logs import log_to_stderr
 if TYPE_CHECKING:
     from tutelage_client.types import Limits
 
-    from student_trainer.config import RunConfig, TeacherEntry
+    from student_trainer.config import RunConfig
+    from student_trainer.sections import TeacherEntry
 
 MARKS = {
     "ok": "[green]ok[/]",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from student_trainer.config import TeacherEntry
+    from student_trainer.sections import TeacherEntry
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ from tutelage_client.errors import TutelageError
 from services import tracing
 from student_trainer.batch import MicroBatch, deal, idle_batch, pack_step
 from student_trainer.checkpoint import Checkpoint, load_tensors
-from student_trainer.config import TrainingSettings
 from student_trainer.ema import Ema
 from student_trainer.exchange import (
     Outcome,
@@ -34,6 +33,7 @@ from student_trainer.objective.compile import Plan
 from student_trainer.objective_pass import ObjectivePass
 from student_trainer.optimizer import build_optimizer, learning_rate, optimizer_tensors, set_learning_rate
 from student_trainer.ranks import ALONE, Ranks
+from student_trainer.sections import TrainingSettings
 from student_trainer.sharding import check_positions, shard
 from student_trainer.step_result import Refusal, StepResult, Update, step_result
 from student_trainer.student import Student

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from student_trainer.config import TrainingSettings
+from student_trainer.sections import TrainingSettings
 
 FLOOR = 0.1  # share of the peak learning rate at which a decay ends
 

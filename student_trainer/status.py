@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Gauge
 
 from services import strict_json
 from services.metrics_server import MetricsServer, metrics_page
-from student_trainer.config import MetricsSettings
+from student_trainer.sections import MetricsSettings
 
 # Figures that are several, and what tells them apart.
 _LABELS = {"groups_dropped": "reason"}

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from services.models.fingerprint import tokenizer_fingerprint
 from services.models.load import DTYPES, load_causal_lm
-from student_trainer.config import LoraSettings, StudentSettings
+from student_trainer.sections import LoraSettings, StudentSettings
 
 _ADAPTER = "default"
 

@@ -10,8 +10,8 @@ from typing import Any
 from tutelage_client.errors import invalid
 
 from student_trainer.config import RunConfig
-from student_trainer.config import Tracker as TrackerName
 from student_trainer.metrics import Tracker
+from student_trainer.sections import Tracker as TrackerName
 
 
 class TensorBoardTracker:

@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 
 from services.metrics_server import MetricsServer, metrics_page
 from services.queue import Submitted
-from student_trainer.config import MetricsSettings
+from student_trainer.sections import MetricsSettings
 
 log = structlog.get_logger(__name__)
 

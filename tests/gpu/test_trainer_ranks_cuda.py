@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.rank_jobs import STEPS, Job, run_alone, run_together, save_models
 
-from student_trainer.config import LoraSettings
+from student_trainer.sections import LoraSettings
 
 pytestmark = [
     pytest.mark.gpu,

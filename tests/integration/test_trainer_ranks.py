@@ -23,7 +23,7 @@ from support.rank_jobs import (
 from transformers import AutoModelForCausalLM
 
 from student_trainer.checkpoint import CheckpointStore, find_damage
-from student_trainer.config import LoraSettings
+from student_trainer.sections import LoraSettings
 
 JOBS = [
     Job("full weights", ema=True),

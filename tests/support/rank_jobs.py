@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from student_trainer.checkpoint import Checkpoint, CheckpointStore
-from student_trainer.config import LoraSettings, StudentSettings, TrainingSettings
 from student_trainer.follower import follow
 from student_trainer.learner import Learner
 from student_trainer.ledger import Ledger
 from student_trainer.objective.compile import Plan
 from student_trainer.ranks import Ranks, join
+from student_trainer.sections import LoraSettings, StudentSettings, TrainingSettings
 from student_trainer.step_result import StepResult
 from student_trainer.student import load_student
 from student_trainer.verify import TrainingGroup, TrainingRollout, verify_group

@@ -22,7 +22,8 @@ from services.models.judge_settings import JudgeSettings
 from services.models.vllm_settings import VllmSettings
 from services.models.writer_settings import WriterSettings
 from services.teacher.settings import TeacherSettings
-from student_trainer.config import QueueSettings, parse_run_config
+from student_trainer.config import parse_run_config
+from student_trainer.sections import QueueSettings
 
 COMMANDS = (
     "quickstart", "up", "teacher", "rollout", "train", "exporter",

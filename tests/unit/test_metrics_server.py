@@ -17,7 +17,7 @@ from services import metrics_server
 from services.access import TokenCheck
 from services.exporter.process import ExporterSettings
 from services.metrics_server import MAX_CALLERS, PLAIN, MetricsServer
-from student_trainer.config import MetricsSettings
+from student_trainer.sections import MetricsSettings
 
 
 def get(server: MetricsServer, path: str, token: str | None = None) -> tuple[int, str]:

@@ -18,7 +18,6 @@ from support.training_run import write_model
 from torch import Tensor
 
 from student_trainer.batch import MicroBatch, deal, idle_batch, pack_step
-from student_trainer.config import StudentSettings, TrainingSettings
 from student_trainer.exchange import decode_micro_batches, encode_micro_batches
 from student_trainer.learner import Learner
 from student_trainer.ledger import Ledger
@@ -28,6 +27,7 @@ from student_trainer.objective.compile import Plan, compile_plan
 from student_trainer.objective.loss import objective_loss
 from student_trainer.objective.settings import ObjectiveError, ObjectiveSettings
 from student_trainer.samples import write_samples
+from student_trainer.sections import StudentSettings, TrainingSettings
 from student_trainer.step_result import StepResult
 from student_trainer.student import load_student
 from student_trainer.verify import TrainingGroup, verify_group

@@ -15,12 +15,12 @@ from support.run_directory import rollout_line, step_line, write_run
 from support.training_groups import make_expectations, make_plan, scored_group
 from support.training_run import write_model
 
-from student_trainer.config import StudentSettings, TrainingSettings
 from student_trainer.learner import Learner
 from student_trainer.report.page import render
 from student_trainer.report.rock_tokens import FEWEST, divergence, find_rock_tokens, section
 from student_trainer.report.run_data import RolloutRecord, read_run
 from student_trainer.samples import write_samples
+from student_trainer.sections import StudentSettings, TrainingSettings
 from student_trainer.student import load_student
 from student_trainer.verify import verify_group
 

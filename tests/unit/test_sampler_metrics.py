@@ -11,9 +11,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from services.metrics_server import MetricsServer
 from services.queue import Submitted
-from student_trainer.config import MetricsSettings, RunConfig, parse_run_config
+from student_trainer.config import RunConfig, parse_run_config
 from student_trainer.config_errors import RunFileError
 from student_trainer.sampler.metrics import Counters, FullQueue, SamplerCollector, metrics_port
+from student_trainer.sections import MetricsSettings
 
 Shown = dict[tuple[str, str], float]
 

@@ -29,12 +29,13 @@ from services.models.load import load_causal_lm
 from services.teacher.settings import TeacherSettings
 from student_trainer.channels import Channels
 from student_trainer.checkpoint import CheckpointStore
-from student_trainer.config import LoraSettings, RunConfig, parse_run_config
+from student_trainer.config import RunConfig, parse_run_config
 from student_trainer.config_errors import RunFileError
 from student_trainer.learner import Learner
 from student_trainer.policy_store import PolicyStore, content_stamp
 from student_trainer.resume import restore
 from student_trainer.sampler.policy import StudentPolicy
+from student_trainer.sections import LoraSettings
 
 GUIDE = Path(__file__).parents[2] / "docs" / "moving-teachers.md"
 OWN = {"before": "initial", "now": "live", "average": "ema", "old": "checkpoint:models/old"}

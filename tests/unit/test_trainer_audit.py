@@ -29,7 +29,7 @@ from tutelage_client.types import Limits, Score, SequenceError, SequenceScore, S
 
 from launcher.doctor_checks import check_objective
 from student_trainer.batch import idle_batch, pack_step
-from student_trainer.config import RunConfig, StudentSettings, TrainingSettings, parse_run_config
+from student_trainer.config import RunConfig, parse_run_config
 from student_trainer.config_errors import RunFileError
 from student_trainer.exchange import decode_micro_batches, encode_micro_batches
 from student_trainer.learner import Learner
@@ -38,6 +38,7 @@ from student_trainer.objective.plan import Plan
 from student_trainer.objective.settings import ObjectiveError
 from student_trainer.objective_pass import ObjectivePass
 from student_trainer.resume import fixed_settings
+from student_trainer.sections import StudentSettings, TrainingSettings
 from student_trainer.student import Student, load_student
 from student_trainer.verify import RefusedGroupError, TrainingGroup, verify_group
 

@@ -17,11 +17,12 @@ from tutelage_client.codec import pack_ids
 
 from student_trainer import train
 from student_trainer.batch import MicroBatch, idle_batch, pack_step
-from student_trainer.config import StudentSettings, TrainingSettings, parse_run_config
+from student_trainer.config import parse_run_config
 from student_trainer.exchange import decode_micro_batches, encode_micro_batches
 from student_trainer.learner import Learner
 from student_trainer.objective.compile import Plan
 from student_trainer.objective_pass import ObjectivePass
+from student_trainer.sections import StudentSettings, TrainingSettings
 from student_trainer.student import Student, load_student
 from student_trainer.verify import RefusedGroupError, TrainingGroup, TrainingRollout, verify_group
 

@@ -12,10 +12,10 @@ from support.rank_jobs import Job, groups_of, make_learner, save_models
 from torch import Tensor
 
 from student_trainer.checkpoint import CheckpointStore
-from student_trainer.config import LoraSettings
 from student_trainer.ema import Ema
 from student_trainer.learner import Learner
 from student_trainer.ledger import Ledger
+from student_trainer.sections import LoraSettings
 
 RATE = 0.3
 FULL = Job("full weights", ema=True, groups=1)

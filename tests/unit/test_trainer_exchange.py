@@ -13,7 +13,6 @@ from support.training_groups import make_expectations, make_plan, scored_group
 from tutelage_client.errors import TutelageError
 
 from student_trainer.batch import MicroBatch, deal, idle_batch, pack_step
-from student_trainer.config import StudentSettings, TrainingSettings
 from student_trainer.exchange import (
     Outcome,
     decode_micro_batches,
@@ -24,6 +23,7 @@ from student_trainer.exchange import (
 from student_trainer.learner import Learner
 from student_trainer.objective.compile import Plan
 from student_trainer.ranks import Ranks, join
+from student_trainer.sections import StudentSettings, TrainingSettings
 from student_trainer.sharding import check_positions
 from student_trainer.student import load_student
 from student_trainer.verify import TrainingGroup, verify_group

@@ -22,13 +22,13 @@ from tutelage_client.types import Limits, Score, Signal
 
 from services.models.packed import layer_states
 from student_trainer.batch import MicroBatch, pack_step
-from student_trainer.config import StudentSettings, TrainingSettings
 from student_trainer.exchange import decode_micro_batches, encode_micro_batches
 from student_trainer.learner import Learner
 from student_trainer.objective.compile import check_limits
 from student_trainer.objective.hidden import hidden_loss
 from student_trainer.objective.plan import Plan
 from student_trainer.objective.settings import ObjectiveError
+from student_trainer.sections import StudentSettings, TrainingSettings
 from student_trainer.student import load_student
 from student_trainer.verify import Expectations, RefusedGroupError, TrainingGroup, verify_group
 

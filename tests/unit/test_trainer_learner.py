@@ -20,11 +20,11 @@ from services.models.head import head_of
 from services.models.packed import build_layout, hidden_states
 from student_trainer.alignment import check_alignment
 from student_trainer.checkpoint import CheckpointStore, load_tensors
-from student_trainer.config import LoraSettings, StudentSettings, TrainingSettings
 from student_trainer.learner import Learner
 from student_trainer.ledger import Ledger
 from student_trainer.objective.compile import Plan
 from student_trainer.optimizer import learning_rate
+from student_trainer.sections import LoraSettings, StudentSettings, TrainingSettings
 from student_trainer.student import Student, load_student
 from student_trainer.verify import TrainingGroup, verify_group
 

@@ -25,7 +25,7 @@ from services.exit_status import EXIT_BAD_INPUT, exit_status
 from student_trainer import trackers, train
 from student_trainer.channels import channels_of
 from student_trainer.checkpoint import CheckpointStore, find_damage
-from student_trainer.config import MetricsSettings, RunConfig, parse_run_config
+from student_trainer.config import RunConfig, parse_run_config
 from student_trainer.learner import Learner
 from student_trainer.ledger import Ledger
 from student_trainer.metrics import MetricsFile, SamplingRates, open_trackers, step_record
@@ -34,6 +34,7 @@ from student_trainer.objective.settings import ObjectiveSettings
 from student_trainer.ranks import Ranks
 from student_trainer.resume import restore
 from student_trainer.samples import discard_samples_above
+from student_trainer.sections import MetricsSettings
 from student_trainer.status import StatusServer
 from student_trainer.step_result import StepResult
 from student_trainer.student import load_student
