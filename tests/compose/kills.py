@@ -21,12 +21,10 @@ def killed_in_turn(check: Check) -> None:
     """A run whose teachers, sampler, queue and trainer are killed, one kind after the other."""
     stack = check.stack
     begun = time.monotonic()
-    stack.compose("up", "--detach")
+    # All four from the start: a run that is fast would be over before the later ones are there to be killed.
+    stack.compose("up", "--detach", "--scale", "teacher=4")
     stack.compose("up", "--detach", "exporter")
-    stack.say("docker compose up --detach, and exporter")
-    stack.wait_for(lambda: stack.step() >= 5, "step 5")
-    stack.say(f"step {stack.step()}: docker compose up --scale teacher=4")
-    stack.compose("up", "--detach", "--no-recreate", "--scale", "teacher=4")
+    stack.say("docker compose up --detach --scale teacher=4, and exporter")
     kill(check, "teacher", at=15, told=lambda _: said_by_trainer(stack, "no teacher:teacher", "replicas"))
     kill(check, "sampler", at=30, told=lambda _: said_by_trainer(stack, "no sampler:", "samplers"))
     kill(check, "queue", at=45, told=lambda since: said_by_all(stack, since))
@@ -47,6 +45,10 @@ def kill(check: Check, service: str, *, at: int, told: Callable[[float], str | N
     stack = check.stack
     stack.wait_for(lambda: stack.step() >= at, f"step {at}")
     names, before, killed = stack.containers(service), stack.step(), time.time()
+    if before > STEPS - 5:
+        raise SystemExit(
+            f"FAILED: step {before} of {STEPS}: too late to kill {service} in the middle of the run"
+        )
     run(["docker", "kill", *names])
     stack.say(f"step {before}: docker kill {' '.join(names)}")
     report = wait_for_report(lambda: told(killed), killed)
