@@ -21,10 +21,12 @@ def killed_in_turn(check: Check) -> None:
     """A run whose teachers, sampler, queue and trainer are killed, one kind after the other."""
     stack = check.stack
     begun = time.monotonic()
-    # All four from the start: a run that is fast would be over before the later ones are there to be killed.
-    stack.compose("up", "--detach", "--scale", "teacher=4")
+    stack.compose("up", "--detach")
     stack.compose("up", "--detach", "exporter")
-    stack.say("docker compose up --detach --scale teacher=4, and exporter")
+    stack.say("docker compose up --detach, and exporter")
+    stack.wait_for(lambda: stack.step() >= 5, "step 5")
+    stack.say(f"step {stack.step()}: docker compose up --scale teacher=4")
+    stack.compose("up", "--detach", "--no-recreate", "--scale", "teacher=4")
     kill(check, "teacher", at=15, told=lambda _: said_by_trainer(stack, "no teacher:teacher", "replicas"))
     kill(check, "sampler", at=30, told=lambda _: said_by_trainer(stack, "no sampler:", "samplers"))
     kill(check, "queue", at=45, told=lambda since: said_by_all(stack, since))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ class Gate:
             return forward(*given, **how)
 
         # Where the signature is looked at, it has to stay what it is.
-        gated.__signature__ = __import__("inspect").signature(forward)  # type: ignore[attr-defined]
+        gated.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
         model.forward = gated
 
 
