@@ -19,10 +19,12 @@ from pathlib import Path
 from kills import killed_in_turn
 from outcome import Check, report_outcome
 from restarts import restarted_and_scaled
-from stack import Stack, run
+from stack import Stack, longer_quickstart, run
 from strangers import closed_to_strangers
 
 PARTS = ("quickstart", "kills", "restarts")
+# Of runs that are still under way when the last component was killed, the last teacher restarted.
+STEPS_FOR_KILLS, STEPS_PER_RESTART = 400, 20
 
 
 def main() -> int:
@@ -46,9 +48,11 @@ def main() -> int:
         if part == "quickstart":
             finished_quickstart(check)
         elif part == "kills":
-            killed_in_turn(check)
+            with longer_quickstart(STEPS_FOR_KILLS) as stack.run:
+                killed_in_turn(check)
         else:
-            restarted_and_scaled(check, arguments.restarts)
+            with longer_quickstart(100 + STEPS_PER_RESTART * arguments.restarts) as stack.run:
+                restarted_and_scaled(check, arguments.restarts)
     if not arguments.keep:
         stack.compose("down", "--volumes", "--timeout", "40")
     print(f"\n{len(check.failed)} failed" + "".join(f"\n  {what}" for what in check.failed))

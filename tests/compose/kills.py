@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 
 from outcome import Check, report_outcome
-from stack import RUN, RUN_FILE, STEPS, Stack, run
+from stack import Stack, run
 
 REPORTED_WITHIN = 30.0  # seconds
 SCRAPE = """
@@ -47,9 +48,9 @@ def kill(check: Check, service: str, *, at: int, told: Callable[[float], str | N
     stack = check.stack
     stack.wait_for(lambda: stack.step() >= at, f"step {at}")
     names, before, killed = stack.containers(service), stack.step(), time.time()
-    if before > STEPS - 5:
+    if before > stack.run.steps - 5:
         raise SystemExit(
-            f"FAILED: step {before} of {STEPS}: too late to kill {service} in the middle of the run"
+            f"FAILED: step {before} of {stack.run.steps}: too late to kill {service} in the middle of the run"
         )
     run(["docker", "kill", *names])
     stack.say(f"step {before}: docker kill {' '.join(names)}")
@@ -64,12 +65,19 @@ def kill(check: Check, service: str, *, at: int, told: Callable[[float], str | N
     run(["docker", "start", *names])
     stack.say(f"docker start {' '.join(names)}")
     if service == "trainer":
-        stack.wait_for(lambda: stack.progress("status") == "training" and stack.step() < before, "resumption")
-        stack.say(f"the trainer went on from step {stack.step()}, its last checkpoint")
+        stack.wait_for(lambda: resumed_from(stack, killed) is not None, "resumption")
+        stack.say(f"the trainer goes on from step {resumed_from(stack, killed)}, its last checkpoint")
     stack.wait_for(lambda: stack.progress("step") is not None, "the queue's answer", 60.0)
     after = stack.step()
-    took = stack.wait_for(lambda: stack.step() > after + 1 or after >= STEPS - 2, "steps after the kill")
+    enough = min(after + 2, stack.run.steps)
+    took = stack.wait_for(lambda: stack.step() >= enough, "steps after the kill")
     stack.say(f"{service} killed at step {before}: steps go on {took:.0f} s after its start")
+
+
+def resumed_from(stack: Stack, since: float) -> int | None:
+    """The step of the checkpoint that the trainer logs it has gone on from; None while it has not."""
+    found = re.search(r"resumed .*step=(\d+)", stack.log(stack.container("trainer"), since))
+    return int(found[1]) if found else None
 
 
 def wait_for_report(told: Callable[[], str | None], since: float) -> str | None:
@@ -100,7 +108,7 @@ def said_by_all(stack: Stack, since: float) -> str | None:
 
 def said_by_health(stack: Stack) -> str | None:
     """The trainer's own health check, asked of another container, and the exporter."""
-    ask = ["python", "-m", "launcher.health", RUN_FILE, "--trainer"]
+    ask = ["python", "-m", "launcher.health", stack.run.file, "--trainer"]
     done = stack.execute("report", *ask)
     text, count = done.stderr.strip(), exported(stack, "trainers")
     if done.returncode != 1 or "not present" not in text or count != 0:
@@ -111,7 +119,7 @@ def said_by_health(stack: Stack) -> str | None:
 def exported(stack: Stack, name: str) -> float | None:
     """The exporter's tutelage_queue_NAME of this run or its teacher; None when it does not say."""
     text = stack.execute("exporter", "python", "-c", SCRAPE).stdout
-    labels = (f'{{run="{RUN}"}}', '{teacher="teacher"}', "")
+    labels = (f'{{run="{stack.run.name}"}}', '{teacher="teacher"}', "")
     wanted = tuple(f"tutelage_queue_{name}{label} " for label in labels)
     values = [float(line.split()[-1]) for line in text.splitlines() if line.startswith(wanted)]
     return values[0] if values else None

@@ -6,7 +6,7 @@ import json
 import statistics
 from typing import Any
 
-from stack import PROMPTS_PER_STEP, RUN, STEPS, Stack
+from stack import Stack
 
 REPLACEMENTS_FROM = 2**40  # student_trainer/pacing.py: what is dropped is replaced from a range of its own
 
@@ -26,14 +26,15 @@ class Check:
 
 def report_outcome(check: Check) -> None:
     """What the run ended with, and whether each group counts once."""
-    stack = check.stack
+    stack, size = check.stack, check.stack.run
     check.that(stack.progress("status") == "finished", "the run is finished")
     ledger, records = stack.ledger(), metrics(stack)
     steps = [record for record in records if "step" in record]
-    check.that([int(r["step"]) for r in steps] == list(range(1, STEPS + 1)), f"{STEPS} steps, each once")
+    numbers = [int(record["step"]) for record in steps]
+    check.that(numbers == list(range(1, size.steps + 1)), f"{size.steps} steps, each once")
     applied, dropped = indices(ledger["applied"]), indices(ledger["dropped"])
     trained = sum(int(record["groups"]) for record in steps)
-    expected = STEPS * PROMPTS_PER_STEP
+    expected = size.steps * size.prompts_per_step
     check.that(
         trained == len(applied) == expected and not applied & dropped,
         f"{expected} groups wanted, {trained} trained, {trained - len(applied)} of them twice",
@@ -42,7 +43,8 @@ def report_outcome(check: Check) -> None:
     lost = ordered - applied - dropped
     reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(ledger["drop_counts"].items())) or "none"
     check.that(not lost, f"{len(ordered)} groups ordered, {len(lost)} lost (dropped and replaced: {reasons})")
-    left = {name: stack.queue("XLEN", f"tutelage:{name}") for name in ("dead:teacher", f"dead-orders:{RUN}")}
+    letters = ("dead:teacher", f"dead-orders:{size.name}")
+    left = {name: stack.queue("XLEN", f"tutelage:{name}") for name in letters}
     check.that(set(left.values()) == {"0"}, f"dead letters: {left}")
     learned(check, records, steps)
 

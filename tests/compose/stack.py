@@ -3,18 +3,50 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import time
-from collections.abc import Callable
+import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-RUN = "quickstart-vllm"  # of recipes/quickstart-vllm.toml, as is the number of steps
-RUN_FILE = f"recipes/{RUN}.toml"
-STEPS, PROMPTS_PER_STEP = 100, 128
+QUICKSTART = "recipes/quickstart-vllm.toml"
 PASSWORD = 'REDISCLI_AUTH="$(cat /run/tutelage/queue-password)"'
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run file says of the run's size."""
+
+    file: str
+    name: str
+    steps: int
+    prompts_per_step: int
+
+
+def read_run(file: str) -> Run:
+    document = tomllib.loads((ROOT / file).read_text())
+    training = document["training"]
+    return Run(file, document["run"]["name"], training["steps"], training["prompts_per_step"])
+
+
+@contextmanager
+def longer_quickstart(steps: int) -> Iterator[Run]:
+    """The quickstart with more steps: a run file where compose mounts them, removed at the end."""
+    quickstart, text = read_run(QUICKSTART), (ROOT / QUICKSTART).read_text()
+    before = f"steps = {quickstart.steps}\n"
+    assert text.count(before) == 1, f"{QUICKSTART}: {before!r} is not there once"
+    text = text.replace(before, f"steps = {steps}\n").replace(quickstart.name, "check-stack")
+    file = ROOT / "recipes/check-stack.toml"
+    file.write_text(text)
+    try:
+        yield read_run(str(file.relative_to(ROOT)))
+    finally:
+        file.unlink()
 
 
 @dataclass
@@ -22,6 +54,7 @@ class Stack:
     """A compose project of its own, so that a person's stack is left alone."""
 
     project: str = "tutelage-check"
+    run: Run = field(default_factory=lambda: read_run(QUICKSTART))
     started: float = field(default_factory=time.monotonic)
 
     def say(self, text: str) -> None:
@@ -30,7 +63,7 @@ class Stack:
     def compose(self, *arguments: str, check: bool = True, quiet: bool = True) -> str:
         """`docker compose …`; its output."""
         command = ["docker", "compose", "--project-name", self.project, *arguments]
-        return run(command, check=check, quiet=quiet)
+        return run(command, check=check, quiet=quiet, RUN_FILE=self.run.file)
 
     def containers(self, service: str) -> list[str]:
         """Running containers of a service, oldest number first."""
@@ -76,19 +109,23 @@ class Stack:
 
     def progress(self, name: str) -> Any:
         """One figure of the run's progress; None while it is unknown."""
-        answer = self.queue("HGET", f"tutelage:run:{RUN}", name)
+        answer = self.queue("HGET", f"tutelage:run:{self.run.name}", name)
         return json.loads(answer) if answer else None
 
     def step(self) -> int:
         return int(self.progress("step") or 0)
 
+    def in_report(self, *command: str) -> str:
+        """Output of a command in the report's container, which sees the run directory."""
+        return run(["docker", "exec", self.container("report"), *command])
+
     def file(self, path: str) -> str:
         """A file of the run directory."""
-        return run(["docker", "exec", self.container("report"), "cat", f"runs/{RUN}/{path}"])
+        return self.in_report("cat", f"runs/{self.run.name}/{path}")
 
     def ledger(self) -> dict[str, Any]:
         """That of the newest checkpoint."""
-        listed = run(["docker", "exec", self.container("report"), "ls", f"runs/{RUN}/checkpoints"]).split()
+        listed = self.in_report("ls", f"runs/{self.run.name}/checkpoints").split()
         newest = max(name for name in listed if name.startswith("step-"))
         return json.loads(self.file(f"checkpoints/{newest}/ledger.json"))  # type: ignore[no-any-return]
 
@@ -102,10 +139,10 @@ class Stack:
         return time.monotonic() - begun
 
 
-def run(command: list[str], *, check: bool = True, quiet: bool = True) -> str:
+def run(command: list[str], *, check: bool = True, quiet: bool = True, **environment: str) -> str:
     """A command's output; ends the check with its errors when it fails."""
     done = subprocess.run(
-        command, cwd=ROOT, text=True, check=False,
+        command, cwd=ROOT, text=True, check=False, env=os.environ | environment,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE if quiet else None,
     )  # fmt: skip
     if check and done.returncode != 0:
