@@ -9,7 +9,8 @@ case "${1:-serve}" in
 serve)
   umask 077
   printf 'requirepass "%s"\n' "$password" > /tmp/queue-password.conf
-  exec valkey-server /etc/tutelage/queue.conf
+  # Full, it refuses what is new and everybody waits; without a limit the kernel would end it. 0: no limit.
+  exec valkey-server /etc/tutelage/queue.conf --maxmemory "${QUEUE_MAXMEMORY:-0}"
   ;;
 ping)
   export REDISCLI_AUTH="$password"

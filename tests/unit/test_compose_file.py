@@ -267,8 +267,14 @@ def test_the_guide_names_services_and_profiles_that_exist() -> None:
 def test_traces_are_switched_on_for_every_process_of_ours_at_once() -> None:
     for name, service in services().items():
         ours = service["image"].startswith("tutelage-") and name != "queue" and "network_mode" not in service
-        switch = service.get("environment", {}).get("OTEL_EXPORTER_OTLP_ENDPOINT")
-        assert (switch == "${OTEL_EXPORTER_OTLP_ENDPOINT:-}") is ours, name
+        told = {key for key in service.get("environment", {}) if key.startswith("OTEL_")}
+        expected = {
+            "OTEL_EXPORTER_OTLP_ENDPOINT",
+            "OTEL_EXPORTER_OTLP_HEADERS",
+            "OTEL_TRACES_SAMPLER",
+            "OTEL_TRACES_SAMPLER_ARG",
+        }
+        assert told == (expected if ours else set()), name
 
 
 def test_volumes_that_others_images_write_to_belong_to_the_user_they_run_as() -> None:

@@ -185,6 +185,22 @@ def test_traffic_flows_where_it_must_and_nowhere_else(target: str) -> None:
     assert not allowed(tuple(ingress), {}, labels["teacher"], 50051)
 
 
+@pytest.mark.parametrize("target", ["gpu", "keda", "torchrun", "leader-worker-set"])
+def test_whoever_loads_a_model_of_the_hub_may_fetch_it(target: str) -> None:
+    policies = [*of_kind(target, "NetworkPolicy"), *of_kind("gpu", "NetworkPolicy")]
+    out = [
+        policy["spec"]["podSelector"]
+        for policy in policies
+        for rule in policy["spec"].get("egress", [])
+        if {"protocol": "TCP", "port": 443} in rule.get("ports", [])
+        and any(peer.get("ipBlock", {}).get("cidr") == "0.0.0.0/0" for peer in rule.get("to", []))
+    ]
+    loaders = [pod for pod in all_pods(target) if any(v["name"] == "cache" for v in pod.spec["volumes"])]
+    assert loaders
+    for pod in loaders:
+        assert any(selects(selector, pod.labels) for selector in out), pod.title
+
+
 @each_target
 def test_what_selects_pods_selects_some(target: str) -> None:
     labels = [pod.labels for pod in all_pods(target)]

@@ -19,6 +19,7 @@ from services.queue import Overview, ServerStats, StreamStats, TeacherStats
 from services.queue.keys import Keys
 from services.teacher.settings import TeacherSettings
 from student_trainer.config import RunConfig, load_run_config
+from student_trainer.sections import TrainingSettings
 
 ROOT = Path(__file__).parents[2]
 STATS = TeacherStats(
@@ -235,6 +236,12 @@ def test_the_queue_keeps_what_it_promises() -> None:
         (queue,) = of_kind(target, "StatefulSet")
         assert queue["spec"]["replicas"] == 1
         assert queue["spec"]["volumeClaimTemplates"]
+        (container,) = queue["spec"]["template"]["spec"]["containers"]
+        given = {entry["name"]: entry.get("value") for entry in container["env"]}
+        limit, memory = given["QUEUE_MAXMEMORY"], container["resources"]["limits"]["memory"]
+        kept = TrainingSettings.model_fields["max_unacknowledged_bytes"].default
+        most = int(limit.removesuffix("mb")) * 2**20
+        assert kept < most < 0.75 * int(memory.removesuffix("Gi")) * 2**30, "room to rewrite the file"
 
 
 def test_the_trainer_is_one_and_a_mistake_in_the_run_file_ends_its_job() -> None:
