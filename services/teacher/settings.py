@@ -35,7 +35,8 @@ class LimitSettings(BaseModel):
     max_request_tokens: int = Field(
         default=1_048_576,
         ge=2,
-        description="tokens in a request, shared contexts counted once, with those that a writer may write",
+        description="tokens in a request, shared contexts counted once; with a judge or a writer all that it "
+        "reads, and may write at a chunk",
     )
     max_top_k: int = Field(default=256, ge=0, description="largest K of signal.top_k")
     max_candidates: int = Field(default=256, ge=0, description="largest C of candidate_ids [R, C]")

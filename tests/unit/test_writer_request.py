@@ -55,18 +55,46 @@ def test_any_other_anchors_fail_their_sequence_alone(anchors: object, reason: st
     }
 
 
-def test_what_may_be_written_counts_as_a_requests_tokens_do() -> None:
-    """Room and deadlines are estimated by it, and writing outweighs what is read."""
+def test_what_is_read_and_may_be_written_counts_as_a_requests_tokens_do() -> None:
+    """Room and deadlines are estimated by it, and each chunk costs a reading of all before it."""
     asked = request([0, 3, 6])
-    cost = 1 + 2 * len(RESPONSE) + 4 * (1 + 3) * 3
+    cost = 2 * len(RESPONSE) + (1 + 3) * (1 + 4 * 3) + 3 + 6
     assert codec.request_tokens(asked) == cost
     check_request(asked, IDENTITY, replace(WRITES, max_request_tokens=cost))
     with pytest.raises(TutelageError, match=f"request tokens: got {cost}, allowed are {cost - 1}"):
         check_request(asked, IDENTITY, replace(WRITES, max_request_tokens=cost - 1))
     assert codec.request_tokens(replace(asked, signal=Signal())) == 1 + 2 * len(RESPONSE)
     for wrong in (replace(ASKED, chunk_tokens=2**31 - 1), replace(ASKED, chunk_tokens=-9)):
-        least = 1 + 2 * len(RESPONSE)
+        least = 2 * len(RESPONSE) + (1 + 3) + 3 + 6
         assert least <= codec.request_tokens(request([0, 3, 6], wrong)) <= least + 4 * 4 * len(RESPONSE)
+    for far in ([-(2**31), 2**31 - 1], [[2**31 - 1] * 2]):  # they are refused after it
+        assert codec.request_tokens(request(far)) <= 2 * len(RESPONSE) + 3 * (1 + len(RESPONSE) + 4 * 3)
+
+
+def test_a_context_counts_as_often_as_it_is_read_and_with_its_text() -> None:
+    """A small request would cost a replica its memory, or hours, if what all chunks share counted once."""
+    judged = Signal(sampled=False, judgement=True)
+    before, written = (3 + 6) + (1 + 4 + 7), 7 * 4 * 3
+    for signal, times, own in ((Signal(), 1, 30), (judged, 3, 30), (ASKED, 7, 30 + before + written)):
+        asked = codec.build_request(
+            [range(50)], [RESPONSE] * 3, anchors=[[0], [0, 3, 6], [1, 4, 7]], signal=signal
+        )
+        assert codec.request_tokens(asked) == own + times * 50
+        for text, tokens in (("", 0), ("\u00e9" * 100, 50), ("\u00e9" * 100 + "!", 51)):
+            with_text = replace(asked, context_texts=(text,))
+            assert codec.request_tokens(with_text) == own + times * (50 if signal == Signal() else tokens)
+    nowhere = [replace(one, context=at) for one, at in zip(asked.sequences, (-1, 1, 9), strict=True)]
+    assert codec.request_tokens(replace(asked, sequences=tuple(nowhere))) == own, "it is refused after it"
+
+
+def test_a_small_request_that_reads_much_is_refused_before_any_of_it_is_read() -> None:
+    shape = {"context_texts": ["a" * 40_000], "anchors": [list(range(0, 9, 3))] * 40}
+    asked = codec.build_request([[1]], [RESPONSE] * 40, signal=ASKED, **shape)  # type: ignore[arg-type]
+    cost = 40 * (10 + 3 * (10_000 + 4 * 3) + 3 + 6)
+    with pytest.raises(
+        TutelageError, match=f"request tokens: got {cost}, allowed are {Limits().max_request_tokens}"
+    ):
+        check_request(asked, IDENTITY, WRITES)
 
 
 def test_a_response_shorter_than_a_chunk_has_no_anchor() -> None:

@@ -49,6 +49,7 @@ __all__ = [
     "unpack_ids",
 ]
 
+_BYTES_OF_A_TOKEN = 4
 _SIGNAL_FIELDS = (
     "sampled",
     "top_k",
@@ -177,16 +178,35 @@ def _check_candidates(candidates: object, name: str) -> None:
 
 
 def request_tokens(request: t.ScoreRequest) -> int:
-    """What a request costs: every response token, every context token once, and what a writer may write."""
-    read = sum(map(len, request.contexts)) + sum(len(s.response_ids) for s in request.sequences)
-    if request.signal.continuations < 1:
-        return read
-    written = sum(
-        s.anchors.size * max(0, min(request.signal.chunk_tokens, len(s.response_ids)))
-        for s in request.sequences
-        if s.anchors is not None
-    )
-    return read + request.signal.continuations * written
+    """What a request costs: every response token, and every context token once.
+
+    Words are read again and again: a judge reads the context before each response; a writer context and
+    response before each chunk, and may write `continuations` more of it. Values are not checked yet.
+    """
+    signal = request.signal
+    cost = sum(len(sequence.response_ids) for sequence in request.sequences)
+    if not signal.judgement and signal.continuations < 1:
+        return cost + sum(map(len, request.contexts))
+    shown = _shown_tokens(request)
+    for sequence in request.sequences:
+        context = shown[sequence.context] if 0 <= sequence.context < len(shown) else 0
+        if signal.continuations < 1:
+            cost += context
+        elif sequence.anchors is not None:
+            length = len(sequence.response_ids)
+            chunk = max(0, min(signal.chunk_tokens, length))
+            before = int(sequence.anchors.clip(0, length).sum(dtype=np.int64))
+            cost += before + sequence.anchors.size * (context + signal.continuations * chunk)
+    return cost
+
+
+def _shown_tokens(request: t.ScoreRequest) -> list[int]:
+    """Of each context as words: of its text about a token for four bytes, of one without it its ids."""
+    texts = request.context_texts or (None,) * len(request.contexts)
+    return [
+        len(ids) if text is None else -(-len(text.encode()) // _BYTES_OF_A_TOKEN)
+        for ids, text in zip(request.contexts, texts, strict=False)
+    ]
 
 
 def request_from_proto(
