@@ -253,6 +253,12 @@ def check_audit(settings: ObjectiveSettings, teachers: Sequence[str]) -> None:
             value = getattr(settings, name)
             got = getattr(value, "kind", value)
             raise ObjectiveError(f"objective.{name}: got {got!r} with objective.audit; allowed: {allowed}")
+    for name in TEACHER_GATES:
+        if (bound := getattr(settings.tokens, name)) is not None:
+            raise ObjectiveError(
+                f"objective.tokens.{name}: got {bound} with objective.audit, whose chunks are weighed and "
+                "trained as a whole; leave one of the two out"
+            )
     if teachers and audit.teacher not in teachers:
         raise ObjectiveError(
             f"objective.audit.teacher: got {audit.teacher!r}, allowed: {', '.join(teachers)}"

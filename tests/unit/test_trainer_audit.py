@@ -100,6 +100,15 @@ def test_the_writer_is_asked_beside_the_views_and_no_view_falls_to_it() -> None:
         ({"correction": {"kind": "ppo"}}, r"objective\.correction: got 'ppo' with objective\.audit"),
         ({"reward_coefficient": 0.0}, r"objective\.reward_coefficient: got 0\.0"),
         ({"horizon": 2}, r"objective\.horizon: got 2"),
+        ({"tokens": {"evidence_above": 0.0}}, r"tokens\.evidence_above: got 0\.0 with objective\.audit"),
+        (
+            {"tokens": {"teacher_entropy_above": 1.0}},
+            r"tokens\.teacher_entropy_above: got 1\.0 with objective\.audit",
+        ),
+        (
+            {"tokens": {"teacher_entropy_below": 2.0}},
+            r"tokens\.teacher_entropy_below: got 2\.0 with objective\.audit",
+        ),
         ({"audit": {**AUDIT, "teacher": "nobody"}}, r"audit\.teacher: got 'nobody', allowed: big, writer"),
         ({"views": {"audit": {"weights": "teacher:big"}}}, r"objective\.views\.audit: .* the name is taken"),
         ({"views": {"t": {"weights": "teacher:writer"}}}, "got teacher 'writer', allowed: big"),
