@@ -15,6 +15,7 @@ from student_trainer.learner import Learner
 from student_trainer.ledger import Ledger
 from student_trainer.lineage import continued
 from student_trainer.objective.compile import Plan
+from student_trainer.objective.settings import TokenSettings
 
 _NO_VIEWS = ("continuations", "chunk_tokens")  # of a signal; views ask for neither
 
@@ -68,6 +69,7 @@ def fixed_settings(config: RunConfig, plan: Plan) -> dict[str, Any]:
     lora, deterministic, guide = config.student.lora, config.run.deterministic, config.sampling.context
     own_weights = channels_of(plan, config.run.name).values()
     guided, size = config.sampling.guided, config.sampling.samples_per_prompt
+    tokens = TokenSettings() if plan.audit is None else plan.tokens  # else the trainer alone selects by them
     return {
         "run.name": config.run.name,
         "run.seed": config.run.seed,
@@ -79,6 +81,9 @@ def fixed_settings(config: RunConfig, plan: Plan) -> dict[str, Any]:
         "objective.k": plan.k,
         "objective.judge": plan.judge,
         "objective.audit": None if plan.audit is None else plan.audit.model_dump(mode="json"),
+        "objective.tokens.skip_first_n": tokens.skip_first_n or None,
+        "objective.tokens.keep_first_n": tokens.keep_first_n,
+        "objective.tokens.skip_ids": sorted(set(tokens.skip_ids)) or None,
         "objective.auxiliary": None if plan.auxiliary is None else plan.auxiliary.model_dump(mode="json"),
         "objective.custom": {kind: source.identity for kind, source in plan.custom.items()},
         "objective.ema_rate": plan.ema_rate if "ema" in own_weights else None,
@@ -110,14 +115,22 @@ def _base(config: RunConfig, learner: Learner) -> str | None:
     return learner.student.revision if learner.student.lora or initial else None
 
 
+def differences(fixed: dict[str, Any], ledger: Ledger) -> list[str]:
+    """What of a run's fixed settings is otherwise in its ledger, setting by setting."""
+    saved = ledger.settings
+    return [
+        f"{name} = {saved.get(name)!r}, the run file says {value!r}"
+        for name, value in fixed.items()
+        if saved.get(name) != value
+    ]
+
+
 def _check_same_run(fixed: dict[str, Any], ledger: Ledger, checkpoints: CheckpointStore) -> None:
-    for name, value in fixed.items():
-        saved = ledger.settings.get(name)
-        if saved != value:
-            raise _precondition(
-                f"{checkpoints.directory} holds a run with {name} = {saved!r}, the run file says {value!r}; "
-                "a run continues only as it began: choose another [run] directory and name"
-            )
+    if found := differences(fixed, ledger):
+        raise _precondition(
+            f"{checkpoints.directory} holds a run with {found[0]}; "
+            "a run continues only as it began: choose another [run] directory and name"
+        )
 
 
 def _precondition(message: str) -> TutelageError:

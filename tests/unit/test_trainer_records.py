@@ -49,7 +49,7 @@ def make_config(directory: Path, **changes: object) -> RunConfig:
         {
             "run": {"directory": str(directory / "run"), **changes.pop("run", {})},  # type: ignore[dict-item]
             "student": student,
-            "teachers": {"big": {"model": "unused"}},
+            "teachers": {"big": {"model": "unused"}} | dict(changes.pop("teachers", {})),  # type: ignore[call-overload]
             "data": {"task": "addition"},
             "sampling": changes.pop("sampling", {}),
             "objective": changes.pop("objective", {}),
@@ -215,7 +215,9 @@ def test_tensorboard_gets_every_finite_figure(tmp_path: Path) -> None:
 
 
 def make_learner(config: RunConfig) -> Learner:
-    plan = compile_plan(config.objective, student_temperature=config.sampling.temperature, teachers=["big"])
+    plan = compile_plan(
+        config.objective, student_temperature=config.sampling.temperature, teachers=sorted(config.teachers)
+    )
     student = load_student(config.student.model_copy(update={"revision": None}))  # a local one has none
     return Learner(student, plan, config.training)
 
@@ -280,11 +282,34 @@ def test_run_that_an_earlier_version_began_goes_on(root: Path, tmp_path: Path) -
             "teacher", "sampled", "top_k", "candidates", "entropy", "temperature", "encoding", "judgement",
             "hidden_layers", "context", "missing", "route", "weight_field",
         }  # fmt: skip
-        for later in ("objective.audit", "sampling.guided_samples"):
+        of_tokens = [f"objective.tokens.{name}" for name in ("skip_first_n", "keep_first_n", "skip_ids")]
+        for later in ("objective.audit", "sampling.guided_samples", *of_tokens):
             assert ledger.settings.pop(later) is None
         ledger.step += 1
         store.save(learner.state_tensors(), ledger)
         assert restore(config, store, make_learner(config)).step == 1
+
+
+@pytest.mark.parametrize(("name", "value"), [("skip_first_n", 2), ("keep_first_n", 9), ("skip_ids", [7, 5])])
+def test_run_with_an_audit_keeps_the_tokens_that_may_be_audited(
+    root: Path, tmp_path: Path, name: str, value: object
+) -> None:
+    """What is queued was audited where they were; without an audit the trainer alone selects by them."""
+    selected = {"tokens": {name: value}}
+    writer = {"teachers": {"writer": {"model": "unused", "writer": {}}}}
+    audited = {**DISTILL, "mix": "route", "audit": {"teacher": "writer", "chunk_tokens": 4}}
+    for row, teachers in ((DISTILL, {}), (audited, writer)):
+        whole = make_config(root, objective=row, **teachers)
+        some = make_config(root, objective={**row, **selected}, **teachers)
+        for number, (first, second) in enumerate(((whole, some), (some, whole))):
+            store = CheckpointStore(tmp_path / str(len(teachers)) / str(number))
+            restore(first, store, make_learner(first))
+            restore(first, store, make_learner(first))
+            if row is DISTILL:
+                restore(second, store, make_learner(second))
+                continue
+            with pytest.raises(TutelageError, match=rf"holds a run with objective\.tokens\.{name} = "):
+                restore(second, store, make_learner(second))
 
 
 def test_deterministic_run_keeps_its_staleness(root: Path, tmp_path: Path) -> None:
