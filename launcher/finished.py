@@ -25,24 +25,34 @@ if TYPE_CHECKING:
 
 LOOK_SECONDS = 1.0
 FAILED_SECONDS = 120.0  # a trainer that failed may be started again; after this nobody did
+ABSENT_SECONDS = 600.0  # one that was killed says nothing; longer than any wait before a restart
 
 log = structlog.get_logger(__name__)
 
 
-async def wait_for_end(queue: Queue, run: str, *, patience: float = FAILED_SECONDS) -> str:
-    """The run's last status: "finished", or how it failed if that stays so for `patience` seconds."""
-    failed_since: float | None = None
-    clock = asyncio.get_running_loop().time
+async def wait_for_end(
+    queue: Queue, run: str, *, patience: float = FAILED_SECONDS, absence: float = ABSENT_SECONDS
+) -> str:
+    """The run's last status: "finished", or how it failed if that stays so for `patience` seconds.
+
+    A run that has had a trainer and has none for `absence` seconds has failed, too. Seconds are counted by
+    looks: those in which the queue does not answer say nothing.
+    """
+    from services.queue import TRAINER_ROLE
+
+    begun, failed, absent = False, 0.0, 0.0
     while True:
         status = str((await queue.read_progress(run)).get("status", ""))
+        present = run in await queue.alive(TRAINER_ROLE)
+        begun = begun or present or status != ""
         if status == "finished":
             return status
-        if not status.startswith("failed"):
-            failed_since = None
-        elif failed_since is None:
-            failed_since = clock()
-        elif clock() - failed_since >= patience:
+        failed = failed + LOOK_SECONDS if status.startswith("failed") else 0.0
+        absent = absent + LOOK_SECONDS if begun and not present else 0.0
+        if failed > patience:
             return status
+        if absent > absence:
+            return f"no trainer for {absence:g} s; the last status was {status!r}"
         await asyncio.sleep(LOOK_SECONDS)
 
 

@@ -17,7 +17,7 @@ import pytest
 from launcher.finished import wait_for_end
 from launcher.health import ask, look_for
 from launcher.quickstart_models import name_models
-from services.queue import Queue, sampler_role
+from services.queue import TRAINER_ROLE, Queue, sampler_role
 
 pytest_plugins = ["support.queue_server"]
 
@@ -112,6 +112,43 @@ async def test_the_end_of_a_run_is_its_last_word(
         await queue.publish_progress("run", {"status": status})
         await asyncio.sleep(0.1)
     assert await asyncio.wait_for(waiting, 10) == ending
+
+
+async def test_a_run_whose_trainer_was_killed_has_failed(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever its last word was. Before its first trainer, and while it has one, it is waited for."""
+    monkeypatch.setattr("launcher.finished.LOOK_SECONDS", 0.01)
+    waiting = asyncio.create_task(wait_for_end(queue, "run", absence=0.5))
+    await asyncio.sleep(1.5)
+    assert not waiting.done()
+    with queue.presence(TRAINER_ROLE, "another"), queue.presence(TRAINER_ROLE, "run"):
+        while len(await queue.alive(TRAINER_ROLE)) < 2:  # noqa: ASYNC110 another thread
+            await asyncio.sleep(0.01)
+        await queue.publish_progress("run", {"status": "training"})
+        await asyncio.sleep(1.5)
+        assert not waiting.done()
+    ending = await asyncio.wait_for(waiting, 20)
+    assert ending == "no trainer for 0.5 s; the last status was 'training'"
+    later = await wait_for_end(queue, "run", absence=0.1)  # it looks for the first time
+    assert later == ending.replace("0.5", "0.1")
+
+
+async def test_an_absent_queue_is_no_absent_trainer(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look that takes as long as the queue is away is one look, whatever it then sees."""
+    monkeypatch.setattr("launcher.finished.LOOK_SECONDS", 0.01)
+    looks, back = 0, 5
+
+    async def alive(role: str) -> dict[str, float]:
+        nonlocal looks
+        looks += 1
+        if looks == back - 2:
+            await asyncio.sleep(1.0)
+        return {"run": 0.0} if looks in (1, back) else {}
+
+    monkeypatch.setattr(queue, "alive", alive)
+    assert await wait_for_end(queue, "run", absence=0.3) == "no trainer for 0.3 s; the last status was ''"
+    assert looks == pytest.approx(back + 30, abs=2)
 
 
 def test_the_wait_ends_with_sigterm_also_while_the_queue_is_away(tmp_path: Path) -> None:
