@@ -55,7 +55,11 @@ def run_up(run_file: Path, policy: RestartPolicy | None = None, queue_url: str |
         if _finished(config):
             directory = config.run.directory
             view.say(f"run {config.run.name!r} is finished: {config.training.steps} steps in {directory}")
-            view.say(f"for a fresh one, remove {directory}")
+            if changed := _changed(config):
+                view.say("nothing was trained with its run file as it is now", changed, problem=True)
+                view.say(f"no run goes on so: choose another [run] directory and name, or remove {directory}")
+            else:
+                view.say(f"with more training.steps it goes on; for a fresh one, remove {directory}")
             return 0
         check_files(config)
         server = _embedded(config)
@@ -193,6 +197,15 @@ def _finished(config: RunConfig) -> bool:
         return False
     state = json.loads(path.read_text())
     return bool(state["ending"] == "finished" and state["steps"] >= config.training.steps)
+
+
+def _changed(config: RunConfig) -> list[str]:
+    """What of the settings under which a finished run was trained the run file says otherwise."""
+    from student_trainer.checkpoint import CheckpointStore
+    from student_trainer.resume import differences, fixed_settings
+
+    ledger = CheckpointStore(config.run.directory / "checkpoints").last_ledger()
+    return [] if ledger is None else differences(fixed_settings(config, config.plan()), ledger)
 
 
 def _write_state(config: RunConfig, ending: Ending) -> None:

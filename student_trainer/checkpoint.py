@@ -98,6 +98,11 @@ class CheckpointStore:
             damaged.append(Damaged(path, reason))
         return None, damaged
 
+    def last_ledger(self) -> Ledger | None:
+        """That of the newest checkpoint, for a look; whether the checkpoint is whole is not looked at."""
+        steps = self.steps()
+        return Checkpoint.read(self.directory / f"step-{steps[-1]:08d}").ledger if steps else None
+
     def set_aside(self, damaged: Damaged) -> Path:
         """Take a damaged checkpoint out of the count, or it would be kept in place of a whole one.
 
