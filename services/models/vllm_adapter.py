@@ -172,9 +172,10 @@ class StepEngine:
     def abort(self, request_ids: Sequence[str]) -> None:
         """Withdraw requests, wherever they are; those that have ended are ignored."""
         self._engine.abort_request(list(request_ids))
+        withdrawn = set(request_ids)
         # Of a request for several continuations vLLM keeps what joins them, for ever.
         for key, parent in list(self._parents.items()):
-            if parent.external_req_id in request_ids:
+            if parent.external_req_id in withdrawn:
                 del self._parents[key]
 
     def load_weights(self, path: Path) -> None:

@@ -29,6 +29,8 @@ class Judge(TextTeacher[JudgeSettings]):
         if (refused := self.refusal(sequence, prompt, response)) is not None:
             return refused
         ids = self.asked(self.settings.question(prompt, response))
+        if not ids:
+            return self.failed(sequence, NO_SCORE, "there is no text to judge")
         return self.too_long(sequence, len(ids), self.settings.max_new_tokens) or ids
 
     def judgement(self, sequence: Sequence, reply: Ids[int], *, ended: bool) -> SequenceScore:

@@ -7,6 +7,7 @@ is aligned token by token, and nothing is a log-probability. A context may bring
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence as Ids
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -37,6 +38,7 @@ class TextTeacher(Generic[S]):
     Args:
         tokenizer: the model's own.
         positions: prompt and reply that the model takes, in its own tokens; None: no bound is known.
+        ends: tokens that end a reply, see `end_tokens`.
 
     Raises:
         TutelageError: INVALID_ARGUMENT when a tokenizer is missing, or the settings do not fit it.
@@ -44,7 +46,7 @@ class TextTeacher(Generic[S]):
 
     kind: ClassVar[str]  # "judge" or "writer": section of the settings, and beginning of every error
 
-    def __init__(self, settings: S, tokenizer: Any, *, positions: int | None) -> None:
+    def __init__(self, settings: S, tokenizer: Any, *, positions: int | None, ends: Ids[int] = ()) -> None:
         if tokenizer is None:
             raise invalid(f"model: a {self.kind} needs a tokenizer, its directory has none")
         theirs = tokenizer if settings.tokenizer is None else load_tokenizer(settings.tokenizer, None)
@@ -53,9 +55,9 @@ class TextTeacher(Generic[S]):
         self._chat = tokenizer.chat_template is not None
         if settings.system is not None and not self._chat:
             raise invalid(f"{self.kind}.system: got one, the {self.kind}'s tokenizer has no chat template")
-        self.settings = settings
+        self.settings, self.ends = settings, ends
         self._own, self._theirs = tokenizer, theirs
-        self._marks = _marks(tokenizer)
+        self._marks = _marks(tokenizer, ends)
         self._longest = max(map(len, tokenizer.get_vocab()))
         self._positions = positions
         self._fingerprint = tokenizer_fingerprint(theirs)
@@ -65,7 +67,9 @@ class TextTeacher(Generic[S]):
 
     def identity(self, model: Identity) -> Identity:
         """Of the model with these settings: another question is another teacher, and ids are the callers'."""
-        asked = f"{model.revision}\0{self.settings.model_dump_json()}"
+        # Where the callers' tokenizer lies is no part of it: replicas may have it in different places.
+        settings = self.settings.model_dump_json(exclude={"tokenizer"})
+        asked = f"{model.revision}\0{self._fingerprint}\0{settings}"
         return replace(
             model,
             revision=hashlib.sha256(asked.encode()).hexdigest(),
@@ -171,11 +175,16 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     return sorted(found)
 
 
-def _marks(tokenizer: Any) -> dict[int, str]:
-    """The special tokens by id, but for the one of what is not known."""
+def _marks(tokenizer: Any, ends: Ids[int]) -> dict[int, str]:
+    """The special tokens by id, but for the one that says what is not known and nothing else."""
     added = {token: str(mark) for token, mark in tokenizer.added_tokens_decoder.items() if mark.special}
     known = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
-    return {token: mark for token, mark in (added | known).items() if token != tokenizer.unk_token_id}
+    marks = added | known
+    roles = [token for role, token in tokenizer.special_tokens_map.items() if role != "unk_token"]
+    others = {*ends, *tokenizer.convert_tokens_to_ids([*roles, *map(str, tokenizer.extra_special_tokens)])}
+    return {
+        token: mark for token, mark in marks.items() if token != tokenizer.unk_token_id or token in others
+    }
 
 
 def _head_rows(kind: str, source: str, tokenizer: Any) -> int:

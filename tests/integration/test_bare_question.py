@@ -24,8 +24,6 @@ from services.models.judge_settings import JudgeSettings
 from services.models.writer_settings import WriterSettings
 from services.queue import Queue
 from services.queue.embedded import EmbeddedServer
-from services.teacher.engines.judge import JudgeScorer
-from services.teacher.engines.transformers import TransformersEngine
 from student_trainer.tasks.characters import character_tokenizer
 
 QUESTION, RESPONSE = "What is 2+2?", "4 then"
@@ -35,22 +33,8 @@ WRITER = WriterSettings()
 REMNANT = f"user\n{QUESTION}\nassistant\n<think>\n\n</think>\n\n"
 
 
-def judge_sees(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+def model_sees(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The ids that the model is given from now on."""
-    assert isinstance(engine._scorer, JudgeScorer)
-    model: Any = engine._scorer.loaded.model
-    found: list[list[int]] = []
-    generate = model.generate
-
-    def spy(*, input_ids: Any, **how: Any) -> Any:
-        found.extend(input_ids.tolist())
-        return generate(input_ids=input_ids, **how)
-
-    monkeypatch.setattr(model, "generate", spy)
-    return found
-
-
-def writer_sees(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     found: list[list[int]] = []
     generate = TransformersGenerator.generate
 
@@ -83,7 +67,7 @@ async def test_through_every_door_the_model_is_given_the_bare_question(
         AsyncTeacherClient(doors.grpc) as client,
         http_client(doors.http) as http,
     ):
-        seen = judge_sees(engine, monkeypatch) if kind == "judge" else writer_sees(monkeypatch)
+        seen = model_sees(monkeypatch)
         await client.score_request(asked(QUESTION))
         body = {
             "contexts": [{"ids": context, "text": QUESTION}],

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from support.text_tokenizer import STOP, chat_prompt, spelled, text_tokenizer, turn
 from tutelage_client.codec import build_request
-from tutelage_client.types import SequenceError, SequenceScore
+from tutelage_client.types import Identity, SequenceError, SequenceScore
 
 from services.models.judge_settings import USER, JudgeSettings
 from services.teacher.judge import Judge
@@ -34,6 +36,52 @@ def test_a_text_that_spells_the_judges_marks_has_no_score(prompt: str, response:
     assert isinstance(found.error, SequenceError)
     assert found.error.code == NO_SCORE
     assert found.error.message.startswith(f"judge: the {named} spells '<")
+
+
+@pytest.mark.parametrize("role", [None, "bos", "eos", "pad", "sep", "extra", "end"])
+def test_the_token_of_what_is_not_known_is_no_mark_unless_it_is_something_else_too(role: str | None) -> None:
+    """As GPT-2's, which is also what ends a text."""
+    tokenizer = text_tokenizer(chat=True)
+    unknown = tokenizer.unk_token
+    if role == "extra":
+        tokenizer.add_special_tokens({"extra_special_tokens": [unknown]})
+    elif role not in (None, "end"):
+        tokenizer.add_special_tokens({f"{role}_token": unknown})
+    ends = [tokenizer.eos_token_id, *([tokenizer.unk_token_id] if role == "end" else [])]
+    judge = Judge(JudgeSettings(), tokenizer, positions=None, ends=ends)
+    for prompt in ("p\u00e9", f"p{unknown}"):  # of the first one's last character there is no token
+        request = build_request([spelled("p")], [spelled("r")], context_texts=[prompt])
+        found = judge.prompt_ids(request, request.sequences[0])
+        if role is None:
+            assert isinstance(found, list)
+            continue
+        assert isinstance(found, SequenceScore)
+        assert isinstance(found.error, SequenceError)
+        assert found.error.code == NO_SCORE
+        assert found.error.message.startswith(f"judge: the prompt spells '{unknown}'")
+
+
+def test_where_there_is_nothing_to_judge_that_sequence_alone_has_no_score() -> None:
+    judge = Judge(JudgeSettings(user="{response}"), text_tokenizer(chat=False), positions=None)
+    request = build_request([spelled("p")], [[text_tokenizer(chat=False).eos_token_id], spelled("r")])
+    found = [judge.prompt_ids(request, sequence) for sequence in request.sequences]
+    assert isinstance(found[0], SequenceScore)
+    assert found[0].error == SequenceError(NO_SCORE, "judge: there is no text to judge")
+    assert found[1] == spelled("r")
+
+
+def test_where_the_callers_tokenizer_lies_is_no_part_of_who_judges(tmp_path: Path) -> None:
+    """Replicas on two machines may have it under two paths; another tokenizer is another teacher."""
+    identity = Identity("j", "m", "r", 0, "f", 9, "vllm", "1", "float32", "float32")
+    own, other = text_tokenizer(chat=True), text_tokenizer(chat=True)
+    other.add_tokens(["and"])
+    for name, tokenizer in (("one", own), ("two", own), ("other", other)):
+        tokenizer.save_pretrained(tmp_path / name)
+    settings = [JudgeSettings(tokenizer=str(tmp_path / name)) for name in ("one", "two", "other")]
+    one, two, another = (Judge(each, own, positions=None).identity(identity) for each in settings)
+    assert one == two
+    assert one.revision != another.revision
+    assert one.tokenizer_fingerprint != another.tokenizer_fingerprint
 
 
 def test_other_text_is_shown_as_it_is_inside_the_only_turn() -> None:

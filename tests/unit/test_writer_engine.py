@@ -28,7 +28,8 @@ from services.models import generate
 from services.models.choose import Choice, choose
 from services.models.writer_settings import WriterSettings
 from services.teacher.engines.transformers import TransformersEngine
-from services.teacher.engines.writer import MOST_ROWS, WriterScorer
+from services.teacher.engines.words import MOST_ROWS
+from services.teacher.engines.writer import WriterScorer
 from student_trainer.tasks.characters import MODEL_ROWS, character_tokenizer
 
 OWN = character_tokenizer(JUDGED)

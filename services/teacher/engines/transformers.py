@@ -33,6 +33,7 @@ from services.teacher.engines.judge import JudgeScorer
 from services.teacher.engines.scoring_head import ScoringHead
 from services.teacher.engines.writer import WriterScorer
 from services.teacher.judge import Judge
+from services.teacher.text_teacher import end_tokens
 from services.teacher.writer import Writer
 
 CLOSE_SECONDS = 1.0
@@ -222,12 +223,14 @@ class TransformersEngine:
             self._identity = self._scorer.teacher.identity(self._identity)
 
     def _scorer_for(self, loaded: LoadedModel) -> PackedScorer | JudgeScorer | WriterScorer:
+        if self._text is None:
+            return PackedScorer(loaded, ScoringHead(loaded.head.cast(self._head_type(loaded))))
+        tokenizer = loaded.tokenizer
         positions = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+        ends = end_tokens(loaded.model.generation_config, tokenizer)
         if isinstance(self._text, JudgeSettings):
-            return JudgeScorer(loaded, Judge(self._text, loaded.tokenizer, positions=positions))
-        if self._text is not None:
-            return WriterScorer.of(loaded, Writer(self._text, loaded.tokenizer, positions=positions))
-        return PackedScorer(loaded, ScoringHead(loaded.head.cast(self._head_type(loaded))))
+            return JudgeScorer.of(loaded, Judge(self._text, tokenizer, positions=positions, ends=ends))
+        return WriterScorer.of(loaded, Writer(self._text, tokenizer, positions=positions, ends=ends))
 
     def _head_type(self, loaded: LoadedModel) -> torch.dtype:
         as_saved = self._head_dtype == "model" or self._text is not None

@@ -26,7 +26,8 @@ from services.teacher.engines.vllm.generated import Generated
 from services.teacher.engines.vllm.judged import Judged
 from services.teacher.engines.vllm.pooled import Pooled
 from services.teacher.engines.vllm.stock import Stock
-from services.teacher.engines.vllm.thread import Counters, EngineThread, Job
+from services.teacher.engines.vllm.thread import EngineThread
+from services.teacher.engines.vllm.work import Counters, Job
 from services.teacher.engines.vllm.written import Written
 from services.teacher.judge import Judge
 from services.teacher.text_teacher import end_tokens
@@ -150,11 +151,9 @@ class VllmEngine:
         self, judge: JudgeSettings | None, writer: WriterSettings | None
     ) -> Pooled | Stock | Judged | Written:
         if judge is not None:
-            return Judged(lambda positions: Judge(judge, self._tokenizer(), positions=positions), self._ends)
+            return Judged(lambda most: Judge(judge, self._tokenizer(), positions=most, ends=self._ends()))
         if writer is not None:
-            return Written(
-                lambda positions: Writer(writer, self._tokenizer(), positions=positions), self._ends
-            )
+            return Written(lambda most: Writer(writer, self._tokenizer(), positions=most, ends=self._ends()))
         return Stock() if self._settings.implementation == "stock" else Pooled()
 
     def _tokenizer(self) -> Any:

@@ -18,17 +18,14 @@ class Generated(Generic[T]):
 
     Args:
         open_teacher: makes the teacher, once vLLM has said how much its model takes.
-        end_tokens: finds the tokens that end a reply.
     """
 
     purpose: Purpose = "generate"
     make_model: MakeModel | None = None
 
-    def __init__(self, open_teacher: Callable[[int], T], end_tokens: Callable[[], list[int]]) -> None:
+    def __init__(self, open_teacher: Callable[[int], T]) -> None:
         self._open_teacher = open_teacher
-        self._end_tokens = end_tokens
         self._teacher: T | None = None
-        self._ends: list[int] = []
 
     @property
     def opened(self) -> T:
@@ -39,7 +36,6 @@ class Generated(Generic[T]):
     def limits(self, limits: Limits, facts: EngineFacts) -> Limits:
         """`limits` of the teacher; opens it."""
         self._teacher = self._open_teacher(facts.max_model_len)
-        self._ends = self._end_tokens()
         return self._teacher.limits(limits)
 
     def _sampling(self, max_tokens: int, **how: Any) -> Any:
@@ -49,7 +45,7 @@ class Generated(Generic[T]):
 
         return SamplingParams(
             max_tokens=max_tokens,
-            stop_token_ids=self._ends,
+            stop_token_ids=list(self.opened.ends),
             ignore_eos=True,  # our end tokens alone decide
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -60,6 +56,6 @@ class Generated(Generic[T]):
         """The ids of one completion without the token that ended it, and whether one did."""
         ids = list(output.token_ids)
         ended = output.finish_reason == "stop"
-        if ended and ids and ids[-1] in self._ends:
+        if ended and ids and ids[-1] in self.opened.ends:
             ids.pop()
         return ids, ended

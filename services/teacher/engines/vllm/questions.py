@@ -14,12 +14,19 @@ class Question:
     """A vLLM request.
 
     Attributes:
+        replies: how many are sampled; vLLM has the prompt for each of them.
         about: what `Scoring.answer` has to know of it beside the sequence.
     """
 
     prompt: list[int]
     params: Any
+    replies: int = 1
     about: Any = None
+
+    @property
+    def held(self) -> int:
+        """Ids of it that are kept in lists until it is answered."""
+        return self.replies * len(self.prompt)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """The thread that owns a vLLM engine: requests in, steps, scores out.
 
 Every sequence of a request is one vLLM request (with a writer one for each chunk), handed over together
-with its siblings, so that a shared context is computed once. vLLM batches across requests; here is
-what it leaves to its owner: withdrawn work, weights between requests, rows that did not come back, a
-step that failed.
+with its siblings as far as there is room, so that a shared context is computed once. vLLM batches across
+requests; here is what it leaves to its owner: prompts that are made when there is room for them, withdrawn
+work, weights between requests, rows that did not come back, a step that failed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,9 +30,13 @@ from tutelage_client.types import (
 
 from services.models.vllm_adapter import StepEngine
 from services.teacher.engines.batching import Answer, Control
-from services.teacher.engines.vllm.questions import Answered, Question, Scoring
+from services.teacher.engines.vllm.questions import Answered, Scoring
+from services.teacher.engines.vllm.work import Counters, Job, Unit
 
 IDLE_SECONDS = 0.05
+# Prompt ids that vLLM is handed before others have to wait for answers: some hundred MB as lists. It is more
+# than a step or the KV cache holds, so that nothing is computed later for it.
+HANDED_TOKENS = 4_194_304
 # A small question for every way of scoring. A tokenizer's first ids are often special and say nothing; of a
 # prompt of these alone a writer without a template would have nothing to go on from.
 _PROMPT = np.arange(8, dtype=np.int32)
@@ -42,48 +45,6 @@ _PROBE = Sequence("probe", 0, _TOKEN, anchors=_TOKEN)
 _PROBES = ScoreRequest((_PROMPT,), (_PROBE,), Signal(continuations=1, chunk_tokens=1))
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(eq=False)
-class Job:
-    """A request on its way; after it was submitted the thread alone changes it."""
-
-    request: ScoreRequest
-    answer: Answer[Score]
-    arrived: float = field(default_factory=time.perf_counter)
-    admitted: float = 0.0
-    tokens_computed: int = 0
-    tokens_reused: int = 0
-    compute_seconds: float = 0.0
-    alone: bool = False  # it was in a step that failed, and gets its second chance by itself
-    open: set[str] = field(default_factory=set)
-    waiting: dict[int, dict[int, Answered | None]] = field(default_factory=dict)  # by sequence and question
-    scores: dict[int, SequenceScore] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Unit:
-    """One question about a sequence inside vLLM."""
-
-    job: Job
-    index: int
-    number: int
-    question: Question
-    read_cache: bool
-
-
-@dataclass
-class Counters:
-    """What the thread has done since it started."""
-
-    steps: int = 0
-    requests: int = 0
-    positions: int = 0
-    tokens_computed: int = 0
-    tokens_reused: int = 0
-    withdrawn: int = 0
-    rescored: int = 0
-    failed_steps: int = 0
 
 
 class EngineThread:
@@ -111,7 +72,7 @@ class EngineThread:
         self._inbox: deque[Job] = deque()
         self._controls: deque[Control] = deque()
         self._closed = False
-        self._units: dict[str, _Unit] = {}
+        self._units: dict[str, Unit] = {}
         self._jobs: dict[Job, None] = {}  # in order of admission
         self._ids = itertools.count()
         self._busy_seconds = 0.0
@@ -163,6 +124,7 @@ class EngineThread:
             while self._wait_for_work():
                 self._drop_withdrawn()
                 self._admit()
+                self._hand_over()
                 if self._units:
                     self._step()
         except Exception:
@@ -183,7 +145,7 @@ class EngineThread:
             return not self._closed
 
     def _has_something(self) -> bool:
-        return bool(self._closed or self._units or self._inbox or self._controls)
+        return bool(self._closed or self._jobs or self._inbox or self._controls)
 
     def _drop_withdrawn(self) -> None:
         for job in [job for job in self._jobs if job.answer.withdrawn]:
@@ -202,7 +164,7 @@ class EngineThread:
             self._busy_seconds = 0.0
 
     def _admit(self) -> None:
-        """Hand everything that waits to vLLM, which queues it; controls and second chances go in between."""
+        """Begin everything that waits, in order; controls and second chances go in between."""
         while True:
             with self._changed:
                 if self._closed or (self._controls and self._jobs):  # a control may have closed it
@@ -219,20 +181,31 @@ class EngineThread:
             elif job is not None and job.answer.withdrawn:
                 self.counters.withdrawn += 1
             elif job is not None:
-                self._enter(job)
+                job.admitted = time.perf_counter()
+                self._jobs[job] = None
 
-    def _enter(self, job: Job) -> None:
-        job.admitted = time.perf_counter()
-        self._jobs[job] = None
-        try:
-            for index in range(len(job.request.sequences)):
-                self._add(job, index, read_cache=True)
-        except Exception as error:
-            self._drop(job)
-            log.exception("request_refused_by_vllm", request=job.request.request_id)
-            job.answer.fail(
-                TutelageError("INTERNAL", f"engine: vLLM refused: {type(error).__name__}: {error}")
-            )
+    def _hand_over(self) -> None:
+        """Ask vLLM, which queues it, about all that was begun, as far as there is room for the prompts.
+
+        They are made one sequence after another: together they are many times the size of their request
+        where a context, or a response, is read again and again.
+        """
+        room = HANDED_TOKENS - sum(job.held for job in self._jobs)
+        for job in list(self._jobs):
+            try:
+                while job in self._jobs and job.handed < len(job.request.sequences):
+                    if self._closed or job.answer.withdrawn or room <= 0:
+                        return
+                    job.handed += 1
+                    before = job.held
+                    self._add(job, job.handed - 1, read_cache=True)
+                    room -= job.held - before
+            except Exception as error:
+                self._drop(job)
+                log.exception("request_refused_by_vllm", request=job.request.request_id)
+                job.answer.fail(
+                    TutelageError("INTERNAL", f"engine: vLLM refused: {type(error).__name__}: {error}")
+                )
 
     def _add(self, job: Job, index: int, *, read_cache: bool) -> None:
         sequence = job.request.sequences[index]
@@ -249,7 +222,8 @@ class EngineThread:
             except Exception:
                 self._engine.abort([unit_id])
                 raise
-            self._units[unit_id] = _Unit(job, index, number, question, read_cache)
+            self._units[unit_id] = Unit(job, index, number, question, read_cache)
+            job.held += question.held
             job.open.add(unit_id)
 
     def _step(self) -> None:
@@ -283,7 +257,7 @@ class EngineThread:
         if finished:
             self._busy_seconds = 0.0
 
-    def _settle_unit(self, unit: _Unit, output: Any) -> None:
+    def _settle_unit(self, unit: Unit, output: Any) -> None:
         job = unit.job
         if job not in self._jobs:  # a sibling failed it
             return
@@ -293,6 +267,7 @@ class EngineThread:
         if len(answered) < len(parts):
             return
         del job.waiting[unit.index]
+        job.held -= sum(part.question.held for part in answered)
         score = self._scoring.answer(answered, job.request.sequences[unit.index], job.request.signal)
         if score is not None:
             self._store(job, unit.index, score)
@@ -340,6 +315,7 @@ class EngineThread:
         for job in affected:
             self._drop(job)
             job.alone = True
+            job.handed = job.held = 0
             job.waiting.clear()
             job.scores.clear()
             job.tokens_computed = job.tokens_reused = 0

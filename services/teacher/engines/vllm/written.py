@@ -36,6 +36,7 @@ class Written(Generated[Writer]):
                     seed=chunk.number,
                     temperature=self.opened.settings.temperature,
                 ),
+                replies=request.signal.continuations,
                 about=chunk,
             )
             for chunk in chunks
