@@ -35,8 +35,8 @@ async def wait_for_end(
 ) -> str:
     """The run's last status: "finished", or how it failed if that stays so for `patience` seconds.
 
-    A run that has had a trainer and has none for `absence` seconds has failed, too. Seconds are counted by
-    looks: those in which the queue does not answer say nothing.
+    A run that has had a trainer and has none for `absence` seconds has failed, too, unless it was stopped in
+    good order. Seconds are counted by looks: those in which the queue does not answer say nothing.
     """
     from services.queue import TRAINER_ROLE
 
@@ -48,7 +48,8 @@ async def wait_for_end(
         if status == "finished":
             return status
         failed = failed + LOOK_SECONDS if status.startswith("failed") else 0.0
-        absent = absent + LOOK_SECONDS if begun and not present else 0.0
+        lost = begun and not present and status != "stopped"
+        absent = absent + LOOK_SECONDS if lost else 0.0
         if failed > patience:
             return status
         if absent > absence:

@@ -128,6 +128,12 @@ async def test_a_run_whose_trainer_was_killed_has_failed(
         await queue.publish_progress("run", {"status": "training"})
         await asyncio.sleep(1.5)
         assert not waiting.done()
+        await queue.publish_progress("run", {"status": "stopped"})
+    while "run" in await queue.alive(TRAINER_ROLE):  # noqa: ASYNC110 by its lease
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(1.5)
+    assert not waiting.done(), "it was stopped by somebody, who may start it again"
+    await queue.publish_progress("run", {"status": "training"})
     ending = await asyncio.wait_for(waiting, 20)
     assert ending == "no trainer for 0.5 s; the last status was 'training'"
     later = await wait_for_end(queue, "run", absence=0.1)  # it looks for the first time
