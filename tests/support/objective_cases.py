@@ -314,7 +314,12 @@ def plain_divergence(
     combine_first = plan.target == "mixture" or plan.plain_view
     answers = [q if combine_first else in_tail(plan, q) for _, q in scored]
     ((_, target),) = weighed(plan, answers)
-    target = in_tail(plan, target) if combine_first else target.log_softmax(-1)
+    if combine_first:
+        target = in_tail(plan, target)
+    else:
+        target = target.log_softmax(-1)
+        if plan.tail == "bucket":  # nor has a combined target an empty one
+            target = in_tail(plan, target[:-1])
     return plain_truncated(plan, log_p[scored[0][0]], target)
 
 

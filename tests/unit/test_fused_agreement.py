@@ -62,6 +62,13 @@ def test_any_shape_agrees_with_plain_autograd(seed: int, row: dict[str, Any], sh
     assert_agreement(make_case(seed, row, shape))
 
 
+@pytest.mark.parametrize("row", [row for row in ROWS if row.get("tail") == "bucket"], ids=str)
+def test_a_support_that_holds_the_whole_vocabulary_agrees_too(row: dict[str, Any]) -> None:
+    """Nothing is outside: a bucket has the least that a bucket has, that of a combined target too."""
+    for seed in range(4):
+        assert_agreement(make_case(seed, row, {**FIXED, "V": 3, "K": 3, "kept": 1.0}))
+
+
 @pytest.mark.parametrize("row", ROWS[:: max(1, len(ROWS) // 24)], ids=str)
 def test_float32_agrees_with_float64(row: dict[str, Any]) -> None:
     case = make_case(2, row, {**FIXED, "V": 300, "H": 16, "tile": 64, "kept": 1.0})
