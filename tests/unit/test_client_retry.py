@@ -218,6 +218,19 @@ def test_a_single_address_is_never_given_up() -> None:
     assert balancer.take(1).address == "a"
 
 
+def test_when_all_addresses_failed_the_one_that_did_so_longest_ago_is_tried() -> None:
+    """Replicas restarted in turn: the first one is back and still rests while the second one goes."""
+    balancer = Balancer([Endpoint("a", None), Endpoint("b", None)])
+    restarted, going = balancer.endpoints
+    for _ in range(6):
+        restarted.outstanding_tokens += 1
+        balancer.give_back(restarted, 1, DOWN)
+    taken = balancer.take(1)
+    assert taken is going
+    balancer.give_back(taken, 1, DOWN)
+    assert balancer.take(1) is restarted, "not the one that has just failed, though it rests for less long"
+
+
 def test_rest_grows_with_failures_and_ends_with_the_first_success() -> None:
     balancer = Balancer([Endpoint("a", None), Endpoint("b", None)])
     bad = balancer.endpoints[0]

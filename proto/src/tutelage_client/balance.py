@@ -28,6 +28,7 @@ class Endpoint(Generic[T]):
         self.connection = connection
         self.outstanding_tokens = 0
         self.failures = 0
+        self.failed_at = 0.0
         self.resting_until = 0.0
         self.full_until = 0.0
 
@@ -43,7 +44,8 @@ class Balancer(Generic[T]):
     Among equals the choice is random, so that many clients do not all begin with the same address.
     An endpoint that failed rests for a time that doubles with every failure in a row, one that is
     full rests for as long as it said. When all rest, the one that is back first is tried, so a
-    single address is never given up.
+    single address is never given up; when all failed, the one that did so longest ago: it may well
+    be back, and the one that failed just now is not.
     """
 
     def __init__(self, endpoints: Sequence[Endpoint[T]]) -> None:
@@ -57,6 +59,8 @@ class Balancer(Generic[T]):
             awake = [e for e in self.endpoints if e.awake_at <= now]
             if awake:
                 chosen = min(awake, key=lambda e: (e.outstanding_tokens, e.failures, random.random()))
+            elif all(e.resting_until > now for e in self.endpoints):
+                chosen = min(self.endpoints, key=lambda e: e.failed_at)
             else:
                 chosen = min(self.endpoints, key=lambda e: e.awake_at)
             chosen.outstanding_tokens += max(tokens, 1)
@@ -70,6 +74,7 @@ class Balancer(Generic[T]):
             if error is not None and error.code in UNREACHABLE:
                 rest = min(_FIRST_REST_SECONDS * 2.0**endpoint.failures, _LONGEST_REST_SECONDS)
                 endpoint.failures += 1
+                endpoint.failed_at = now
                 endpoint.resting_until = now + rest
                 return
             endpoint.failures = 0
