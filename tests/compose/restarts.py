@@ -82,8 +82,19 @@ class Callers:
     def _end_of_log(self) -> str:
         return self._log.read_text()[-3000:]
 
+    def _keep_logs(self) -> None:
+        """What every teacher wrote, with times, for whoever asks what a failed call met."""
+        stack, directory = self._check.stack, Path(tempfile.mkdtemp(prefix="teachers-"))
+        for name in stack.containers("teacher"):
+            with (directory / f"{name}.log").open("w") as file:
+                command = ["docker", "logs", "--timestamps", name]
+                subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False)
+        stack.say(f"logs of the teachers: {directory}")
+
     def _judge(self) -> None:
         seen = self.newest()
+        if seen.get("failures") or not seen.get("done"):
+            self._keep_logs()
         if not seen.get("done"):
             self._check.that(False, f"callers {self._name} ended well:\n{self._end_of_log()}")
             return

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import itertools
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from http import HTTPStatus
@@ -77,11 +78,14 @@ class DirectLoad:
 
     async def _keep_asking(self, way: str, ask: Callable[[], Awaitable[Score]]) -> None:
         while not self._stop.is_set():
+            began = time.time()
             try:
                 self._check(await ask())
                 self.answered[way] += 1
             except Exception as error:  # noqa: BLE001 - every kind of failure counts
-                self.failures.append(f"{way}: {type(error).__name__}: {error}")
+                when = time.strftime("%H:%M:%S", time.gmtime(began))
+                told = f"{way} at {when} UTC, after {time.time() - began:.1f} s"
+                self.failures.append(f"{told}: {type(error).__name__}: {error}")
             await asyncio.sleep(self._pause)
 
     def _check(self, score: Score) -> None:
@@ -95,21 +99,28 @@ class DirectLoad:
         return await self._client.score_request(REQUEST, CALL_SECONDS)
 
     async def _ask_http(self) -> Score:
-        async with asyncio.timeout(CALL_SECONDS):
-            for address in itertools.cycle(self._http):
-                try:
+        end = time.monotonic() + CALL_SECONDS
+        for address in itertools.cycle(self._http):
+            asked = time.monotonic()
+            if asked > end:
+                raise TimeoutError(f"{CALL_SECONDS:.0f} s of asking; last {address.netloc}")
+            try:
+                async with asyncio.timeout(end - asked):
                     status, body = await asyncio.to_thread(
                         post, address.hostname or "", address.port or 80, self._token
                     )
-                except (OSError, http.client.HTTPException) as error:
-                    self.asked_again[type(error).__name__] += 1
-                else:
-                    if status == HTTPStatus.OK:
-                        return codec.score_from_proto(ScoreResponse.FromString(body))
-                    if status != HTTPStatus.SERVICE_UNAVAILABLE:
-                        raise RuntimeError(f"status {status}: {body[:200]!r}")
-                    self.asked_again["503"] += 1
-                await asyncio.sleep(0.02)
+            except TimeoutError as error:
+                silent = time.monotonic() - asked
+                raise TimeoutError(f"{address.netloc} was silent for {silent:.1f} s") from error
+            except (OSError, http.client.HTTPException) as error:
+                self.asked_again[type(error).__name__] += 1
+            else:
+                if status == HTTPStatus.OK:
+                    return codec.score_from_proto(ScoreResponse.FromString(body))
+                if status != HTTPStatus.SERVICE_UNAVAILABLE:
+                    raise RuntimeError(f"status {status}: {body[:200]!r}")
+                self.asked_again["503"] += 1
+            await asyncio.sleep(0.02)
         raise AssertionError("there is always a next address")
 
 
