@@ -257,6 +257,46 @@ def test_pauses_grow_and_carry_jitter() -> None:
     assert np.array(pauses).std(axis=0).min() > 0.02
 
 
+def test_a_teacher_that_is_replaced_is_waited_for_by_default() -> None:
+    """A container, or a pod with a small model, is back within half a minute."""
+    waits = []
+    for _ in range(200):
+        attempts = Attempts(RetryPolicy(), None)
+        waits.append(sum(attempts.pause_after(DOWN, 0.0) for _ in range(RetryPolicy().attempts - 1)))
+        with pytest.raises(TutelageError, match="UNAVAILABLE"):
+            attempts.pause_after(DOWN, 0.0)
+    assert min(waits) > 30
+    assert 45 < float(np.mean(waits)) < 75
+
+
+def test_an_outage_is_told_once_and_so_is_its_end(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    balancer = Balancer([Endpoint("a:1", None)])
+    (endpoint,) = balancer.endpoints
+    clock = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: clock)
+    told = []
+    for error, seconds in (
+        (DOWN, 4),
+        (None, 4),
+        (DOWN, 4),
+        (DOWN, 4),
+        (DOWN, 4),
+        (DOWN, 4),
+        (None, 4),
+        (None, 4),
+    ):
+        balancer.give_back(balancer.take(1), 1, error)
+        clock += seconds
+        told.append([record.getMessage() for record in caplog.records])
+        caplog.clear()
+    assert told[4] == ["a:1: no answer for 8 s, it is asked again; UNAVAILABLE: "]
+    assert told[6] == ["a:1: answers again"]
+    assert [len(lines) for lines in told] == [0, 0, 0, 0, 1, 0, 1, 0]
+    assert endpoint.outstanding_tokens == 0
+
+
 def test_no_address_is_refused() -> None:
     for nothing in ("", [], ["a:1", ""]):
         with pytest.raises(TutelageError, match="INVALID_ARGUMENT: addresses"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 import time
@@ -11,6 +12,7 @@ from typing import Generic, TypeVar
 from tutelage_client.errors import TutelageError, invalid
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 # Answers that say the endpoint itself is not doing well.
 UNREACHABLE = frozenset({"UNAVAILABLE", "DEADLINE_EXCEEDED"})
@@ -18,6 +20,7 @@ UNREACHABLE = frozenset({"UNAVAILABLE", "DEADLINE_EXCEEDED"})
 _FIRST_REST_SECONDS = 0.5
 _LONGEST_REST_SECONDS = 15.0
 _SHORTEST_FULL_SECONDS = 0.05
+_TOLD_AFTER_SECONDS = 5.0  # an outage that lasts longer is told, once
 
 
 class Endpoint(Generic[T]):
@@ -28,9 +31,11 @@ class Endpoint(Generic[T]):
         self.connection = connection
         self.outstanding_tokens = 0
         self.failures = 0
+        self.failing_since = 0.0
         self.failed_at = 0.0
         self.resting_until = 0.0
         self.full_until = 0.0
+        self.outage_told = False
 
     @property
     def awake_at(self) -> float:
@@ -73,12 +78,18 @@ class Balancer(Generic[T]):
             now = time.monotonic()
             if error is not None and error.code in UNREACHABLE:
                 rest = min(_FIRST_REST_SECONDS * 2.0**endpoint.failures, _LONGEST_REST_SECONDS)
+                if not endpoint.failures:
+                    endpoint.failing_since = now
                 endpoint.failures += 1
                 endpoint.failed_at = now
                 endpoint.resting_until = now + rest
+                _tell_outage(endpoint, now - endpoint.failing_since, error)
                 return
+            if endpoint.outage_told:
+                logger.warning("%s: answers again", endpoint.address)
             endpoint.failures = 0
             endpoint.resting_until = 0.0
+            endpoint.outage_told = False
             if error is not None and error.code == "RESOURCE_EXHAUSTED" and error.retry_after is not None:
                 endpoint.full_until = now + max(error.retry_after, _SHORTEST_FULL_SECONDS)
 
@@ -91,6 +102,12 @@ class Balancer(Generic[T]):
         """Seconds until an endpoint is awake; 0 when one is."""
         with self._lock:
             return max(0.0, min(e.awake_at for e in self.endpoints) - time.monotonic())
+
+
+def _tell_outage(endpoint: Endpoint[T], seconds: float, error: TutelageError) -> None:
+    if seconds >= _TOLD_AFTER_SECONDS and not endpoint.outage_told:
+        endpoint.outage_told = True
+        logger.warning("%s: no answer for %.0f s, it is asked again; %s", endpoint.address, seconds, error)
 
 
 def as_addresses(addresses: str | Sequence[str]) -> tuple[str, ...]:

@@ -15,10 +15,12 @@ class RetryPolicy:
 
     Retried are UNAVAILABLE, up to `attempts` times in all, and RESOURCE_EXHAUSTED when the
     teacher says when to come back, until the deadline: at once while another address has not said
-    so too. Nothing else is.
+    so too. Nothing else is. The 30 attempts take about a minute, so that a replica may be replaced:
+    its new address is found up to twice as late as it is there, because lookups of a name that has
+    gone back off, too.
     """
 
-    attempts: int = 10
+    attempts: int = 30
     initial_seconds: float = 0.05
     max_seconds: float = 5.0
 
