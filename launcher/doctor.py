@@ -25,6 +25,7 @@ from launcher.doctor_checks import (
     demands,
 )
 from launcher.doctor_data import check_data, check_prompts
+from launcher.doctor_requests import check_requests
 from launcher.doctor_scores import cached_limits, check_scores
 from launcher.doctor_views import check_views
 from launcher.model_facts import ModelFacts, NotHere, read_facts
@@ -87,6 +88,7 @@ def examine(config: RunConfig, *, download: bool, token: str | None) -> Iterator
     yield from check_adapters(config)
     yield from check_scores(config, models.student)
     yield from check_objective(config, limits, models.student)
+    yield from check_requests(config, limits)
     yield from check_hidden(config, models.student, models.teachers)
     yield from check_views(config, models.student, models.teachers)
     for name, facts in models.named():
@@ -147,6 +149,7 @@ def _limits(entry: TeacherEntry, facts: ModelFacts | None) -> Limits:
         judge=entry.judge is not None,
         max_continuations=0 if entry.writer is None else entry.writer.max_continuations,
         hidden_layers=layers,
+        hidden_size=0 if facts is None else facts.width,
     )
 
 

@@ -46,6 +46,11 @@ def check_request(request: ScoreRequest, identity: Identity, limits: Limits) -> 
         raise invalid(f"sequences: got 0, allowed are 1 to {limits.max_sequences}")
     if len({sequence.id for sequence in request.sequences}) != count:
         raise invalid("sequences.id: got the same id twice, ids must be unique in a request")
+    check_sizes(request, limits)
+
+
+def check_sizes(request: ScoreRequest, limits: Limits) -> None:
+    """Raise TutelageError for more tokens than a request may have, or an answer of more bytes."""
     tokens = codec.request_tokens(request)
     if tokens > limits.max_request_tokens:
         raise invalid(f"request tokens: got {tokens}, allowed are {limits.max_request_tokens}")
