@@ -53,6 +53,8 @@ class GrpcServer:
                 ("grpc.max_receive_message_length", settings.max_message_bytes),
                 ("grpc.max_send_message_length", settings.max_message_bytes),
                 ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_INTERVAL_MS),
+                # Callers keep a connection for good: without an end of it none would find a new replica.
+                ("grpc.max_connection_age_ms", round(1000 * settings.max_connection_age_seconds)),
                 ("grpc.so_reuseport", 0),  # a taken port is an error, not a silent split of the traffic
             ],
         )

@@ -35,6 +35,12 @@ class ServiceSettings(TokenSettings):
         default=None, ge=0, le=65535, description="own port for /metrics; None: served on the HTTP port"
     )
     tls: TlsSettings | None = None
+    max_connection_age_seconds: float = Field(
+        default=300.0,
+        gt=0,
+        description="after which a gRPC caller is asked to connect anew, so that it notices other replicas; "
+        "calls that run go on",
+    )
     max_queued_tokens: int = Field(
         default=1_000_000,
         ge=1,

@@ -1,4 +1,4 @@
-"""A replica that was replaced has another address under the same name: the client finds it at once."""
+"""What a name stands for may change: replicas are replaced, and there are more or fewer of them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import socket
 import struct
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -18,13 +19,14 @@ from tutelage_client import AsyncTeacherClient, TeacherClient
 
 A, ANSWERED = 1, 0x8580  # record type; flags: a response, authoritative, nothing wrong
 FIRST, SECOND = "127.0.0.2", "127.0.0.3"
+AGE_SECONDS = 2
 
 
 class Names:
-    """A name server on loopback that has one IPv4 address, or none, for every name."""
+    """A name server on loopback that has the same IPv4 addresses, or none, for every name."""
 
     def __init__(self) -> None:
-        self.address: str | None = None
+        self.addresses: tuple[str, ...] = ()
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self._socket.bind(("127.0.0.1", 0))
         self.port = self._socket.getsockname()[1]
@@ -44,10 +46,10 @@ class Names:
     def _answer(self, query: bytes) -> bytes:
         end = query.index(b"\0", 12) + 5  # the header, a name that ends in zero, its type and class
         (kind,) = struct.unpack_from("!H", query, end - 4)
-        record = b""
-        if kind == A and self.address is not None:
-            record = struct.pack("!HHHIH", 0xC00C, A, 1, 0, 4) + socket.inet_aton(self.address)
-        return query[:2] + struct.pack("!5H", ANSWERED, 1, bool(record), 0, 0) + query[12:end] + record
+        addresses = self.addresses if kind == A else ()
+        head = query[:2] + struct.pack("!5H", ANSWERED, 1, len(addresses), 0, 0)
+        named = struct.pack("!HHHIH", 0xC00C, A, 1, 0, 4)
+        return head + query[12:end] + b"".join(named + socket.inet_aton(each) for each in addresses)
 
     def close(self) -> None:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as caller:
@@ -69,7 +71,9 @@ def replica(host: str, port: int = 0) -> Iterator[int]:
         return pb.GetTeacherResponse(identity=pb.Identity(name=host), ready=True).SerializeToString()
 
     handler = grpc.unary_unary_rpc_method_handler(get_teacher)
-    running = grpc.server(futures.ThreadPoolExecutor(2))
+    running = grpc.server(
+        futures.ThreadPoolExecutor(2), options=[("grpc.max_connection_age_ms", AGE_SECONDS * 1000)]
+    )
     running.add_generic_rpc_handlers(
         (grpc.method_handlers_generic_handler("tutelage.v1.TeacherService", {"GetTeacher": handler}),)
     )
@@ -111,16 +115,34 @@ def test_a_replaced_replica_is_found_under_its_new_address(
     names: Names, connected: Callable[[str], AbstractContextManager[Ask]], away: float
 ) -> None:
     """gRPC by itself looks a name up again only half a minute after it did so last."""
-    names.address = FIRST
+    names.addresses = (FIRST,)
     with ExitStack() as stack:
         with replica(FIRST) as port:
             ask = stack.enter_context(connected(names.target(port)))
-            assert ask(5.0) == FIRST
-        names.address = None
-        back = threading.Timer(away, lambda: setattr(names, "address", SECOND))
+            assert ask(60.0) == FIRST
+        names.addresses = ()
+        back = threading.Timer(away, lambda: setattr(names, "addresses", (SECOND,)))
         back.start()
         began = time.monotonic()
         with replica(SECOND, port):
             assert ask(60.0) == SECOND
-        assert time.monotonic() - began < 15.0
+        assert time.monotonic() - began < 20.0
         back.join()
+
+
+@pytest.mark.parametrize("connected", [blocking, in_a_loop])
+def test_all_replicas_of_a_name_are_asked_in_turn_and_a_new_one_is_found(
+    names: Names, connected: Callable[[str], AbstractContextManager[Ask]]
+) -> None:
+    names.addresses = (FIRST,)
+    with replica(FIRST) as port, connected(names.target(port)) as ask:
+        assert ask(60.0) == FIRST
+        with replica(SECOND, port):
+            names.addresses = (FIRST, SECOND)
+            answers: Counter[str] = Counter()
+            end = time.monotonic() + 30.0
+            while min(answers[FIRST], answers[SECOND]) < 20:
+                assert time.monotonic() < end, f"one of them is not asked: {answers}"
+                answers[ask(60.0)] += 1
+        names.addresses = (FIRST,)
+        assert {ask(60.0) for _ in range(20)} == {FIRST}

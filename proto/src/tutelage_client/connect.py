@@ -44,6 +44,8 @@ def channel_options(max_message_bytes: int) -> Sequence[tuple[str, Any]]:
         # first backoff, and one that has vanished must not hold a call for long.
         ("grpc.min_reconnect_backoff_ms", 2_000),
         ("grpc.max_reconnect_backoff_ms", 2_000),
+        # A name may stand for many replicas: each is connected to and takes its turn.
+        ("grpc.lb_policy_name", "round_robin"),
         # A replica that was replaced has another address under its name. Half a minute, gRPC's own pause
         # between two lookups, is long enough for the next replica to be replaced, too.
         ("grpc.dns_min_time_between_resolutions_ms", 500),
