@@ -35,6 +35,7 @@ class Callers:
         self._options = {
             "grpc": [f"{teacher}:50051" for teacher in names],
             "http": [f"{teacher}:8081" for teacher in names],
+            "name": "teacher:50051",  # the service's, which stands for all that run
             "teacher": "teacher",
             "run": name,
             "queue_url_file": "/run/tutelage/queue-url",
@@ -77,7 +78,7 @@ class Callers:
     def _counts(self) -> list[int]:
         newest = self.newest()
         answered = newest.get("answered", {})
-        return [answered.get("grpc", 0), answered.get("http", 0), newest.get("scored", 0)]
+        return [*(answered.get(way, 0) for way in ("grpc", "grpc by name", "http")), newest.get("scored", 0)]
 
     def _end_of_log(self) -> str:
         return self._log.read_text()[-3000:]

@@ -11,6 +11,7 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from http import HTTPStatus
 from types import TracebackType
 from typing import Self
@@ -30,12 +31,14 @@ CONNECT_SECONDS = 5.0  # an address that has gone with its container does not sa
 class DirectLoad:
     """Some gRPC and some HTTP callers, each of every address, until the block is left.
 
-    The gRPC callers share a client of ours. The HTTP callers do by hand what any client does that spreads
-    its calls over addresses: where nobody listens, the connection breaks or the answer is 503, they ask the
-    next address, for as long as a call may take. Every other end of a call, and a wrong score, is a failure.
+    The gRPC callers share a client of ours; with `name` as many share another. The HTTP callers do by hand
+    what any client does that spreads its calls over addresses: where nobody listens, the connection breaks or
+    the answer is 503, they ask the next address, for as long as a call may take. Every other end of a call,
+    and a wrong score, is a failure.
 
     Args:
         grpc, http: "host:port" of every replica.
+        name: gRPC "host:port" that stands for all of them.
         expected: log-probabilities [3] of the answer's every sequence; None: those of the first answer.
         tolerance: in nats.
     """
@@ -45,6 +48,7 @@ class DirectLoad:
         grpc: Sequence[str],
         http: Sequence[str],
         *,
+        name: str | None = None,
         expected: FloatArray | None = None,
         tolerance: float = 0.0,
         token: str | None = None,
@@ -53,13 +57,18 @@ class DirectLoad:
         self.answered: Counter[str] = Counter()
         self.asked_again: Counter[str] = Counter()
         self.failures: list[str] = []
-        self._grpc, self._http = list(grpc), [urlsplit(f"//{address}") for address in http]
+        self._grpc = {"grpc": list(grpc)} | ({"grpc by name": [name]} if name else {})
+        self._http = [urlsplit(f"//{address}") for address in http]
         self._expected, self._tolerance, self._token, self._pause = expected, tolerance, token, pause
         self._stop = asyncio.Event()
 
     async def __aenter__(self) -> Self:
-        self._client = AsyncTeacherClient(self._grpc, token=self._token)
-        ways: dict[str, Callable[[], Awaitable[Score]]] = {"grpc": self._ask_grpc, "http": self._ask_http}
+        self._clients = [
+            AsyncTeacherClient(addresses, token=self._token) for addresses in self._grpc.values()
+        ]
+        ways: dict[str, Callable[[], Awaitable[Score]]] = {"http": self._ask_http}
+        ways |= {way: partial(_ask, client) for way, client in zip(self._grpc, self._clients, strict=True)}
+        self._ways = tuple(ways)
         self._tasks = [asyncio.create_task(self._keep_asking(*way)) for way in ways.items() for _ in range(2)]
         return self
 
@@ -68,11 +77,12 @@ class DirectLoad:
     ) -> None:
         self._stop.set()
         await asyncio.gather(*self._tasks)
-        await self._client.close()
+        for client in self._clients:
+            await client.close()
 
     async def more(self, count: int, seconds: float = 60.0) -> None:
-        """Return once either way of asking was answered `count` more times, or a failure was seen."""
-        wanted = {way: self.answered[way] + count for way in ("grpc", "http")}
+        """Return once every way of asking was answered `count` more times, or a failure was seen."""
+        wanted = {way: self.answered[way] + count for way in self._ways}
         async with asyncio.timeout(seconds):
             while not self.failures and any(self.answered[way] < least for way, least in wanted.items()):  # noqa: ASYNC110 several tasks count
                 await asyncio.sleep(0.01)
@@ -96,9 +106,6 @@ class DirectLoad:
                 self._expected = sequence.sampled
             np.testing.assert_allclose(sequence.sampled, self._expected, rtol=0, atol=self._tolerance)
 
-    async def _ask_grpc(self) -> Score:
-        return await self._client.score_request(REQUEST, CALL_SECONDS)
-
     async def _ask_http(self) -> Score:
         end = time.monotonic() + CALL_SECONDS
         for address in itertools.cycle(self._http):
@@ -119,6 +126,10 @@ class DirectLoad:
                 self.asked_again["503"] += 1
             await asyncio.sleep(0.02)
         raise AssertionError("there is always a next address")
+
+
+async def _ask(client: AsyncTeacherClient) -> Score:
+    return await client.score_request(REQUEST, CALL_SECONDS)
 
 
 def post(host: str, port: int, token: str | None) -> tuple[int, bytes]:

@@ -29,6 +29,7 @@ class Options:
 
     grpc: list[str]
     http: list[str]
+    name: str
     teacher: str
     run: str
     queue_url_file: str
@@ -40,7 +41,9 @@ class Options:
 
 async def work(options: Options, url: str, token: str | None) -> dict[str, Any]:
     """Until standard input ends; what was seen."""
-    direct = DirectLoad(options.grpc, options.http, tolerance=TOLERANCE, token=token, pause=0.05)
+    direct = DirectLoad(
+        options.grpc, options.http, name=options.name, tolerance=TOLERANCE, token=token, pause=0.05
+    )
     problems: list[str] = []
     async with Queue(url, lease=LeaseSettings(heartbeat=options.heartbeat)) as queue:
         load = QueueLoad(queue, options.teacher, run=options.run, ahead=options.ahead)
