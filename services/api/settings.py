@@ -37,7 +37,8 @@ class ServiceSettings(TokenSettings):
     tls: TlsSettings | None = None
     max_connection_age_seconds: float = Field(
         default=300.0,
-        gt=0,
+        ge=0.1,
+        le=1_000_000,
         description="after which a gRPC caller is asked to connect anew, so that it notices other replicas; "
         "calls that run go on",
     )

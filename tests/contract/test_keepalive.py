@@ -9,7 +9,7 @@ import grpc
 import pytest
 from support.teachers import RecordingScorer, serve
 from tutelage.v1.teacher_pb2_grpc import TeacherServiceStub
-from tutelage_client import AsyncTeacherClient, RetryPolicy, codec
+from tutelage_client import AsyncTeacherClient, codec
 from tutelage_client.connect import KEEPALIVE_MS, channel_options
 
 from services.api import grpc_server
@@ -49,7 +49,7 @@ async def test_a_connection_of_some_age_is_made_anew_and_no_call_notices() -> No
             await asyncio.sleep(1.0)
             scorer.gate.set()
             assert len((await call).sequences) == 1
-        async with AsyncTeacherClient(doors.grpc, retry=RetryPolicy(attempts=1)) as client:
+        async with AsyncTeacherClient(doors.grpc) as client:
             end = time.monotonic() + 3.5
             while time.monotonic() < end:
                 await client.score_request(request)

@@ -22,6 +22,12 @@ DOWN = TutelageError("UNAVAILABLE", "")
 QUICK = RetryPolicy(attempts=4, initial_seconds=0.01, max_seconds=0.05)
 
 
+def over(balancer: Balancer[None], endpoint: Endpoint[None], error: TutelageError | None = None) -> None:
+    """A call of one token has ended."""
+    balancer.give_back(endpoint, 1)
+    balancer.observe(endpoint, error)
+
+
 @contextmanager
 def server(behave: Behaviour, port: int = 0) -> Iterator[tuple[str, list[float]]]:
     """A GetTeacher that behaves as told on its n-th call; yields its address and the times of calls."""
@@ -214,7 +220,7 @@ def test_a_single_address_is_never_given_up() -> None:
     balancer = Balancer([Endpoint("a", None)])
     for _ in range(5):
         endpoint = balancer.take(1)
-        balancer.give_back(endpoint, 1, DOWN)
+        over(balancer, endpoint, DOWN)
     assert balancer.take(1).address == "a"
 
 
@@ -224,10 +230,10 @@ def test_when_all_addresses_failed_the_one_that_did_so_longest_ago_is_tried() ->
     restarted, going = balancer.endpoints
     for _ in range(6):
         restarted.outstanding_tokens += 1
-        balancer.give_back(restarted, 1, DOWN)
+        over(balancer, restarted, DOWN)
     taken = balancer.take(1)
     assert taken is going
-    balancer.give_back(taken, 1, DOWN)
+    over(balancer, taken, DOWN)
     assert balancer.take(1) is restarted, "not the one that has just failed, though it rests for less long"
 
 
@@ -237,12 +243,12 @@ def test_rest_grows_with_failures_and_ends_with_the_first_success() -> None:
     rests = []
     for _ in range(4):
         bad.outstanding_tokens += 1
-        balancer.give_back(bad, 1, DOWN)
+        over(balancer, bad, DOWN)
         rests.append(bad.resting_until - time.monotonic())
     np.testing.assert_allclose(rests, [0.5, 1, 2, 4], atol=0.1)
     assert balancer.take(1).address == "b"
     bad.outstanding_tokens += 1
-    balancer.give_back(bad, 1)
+    over(balancer, bad)
     assert balancer.take(1).address == "a"
 
 
@@ -287,14 +293,39 @@ def test_an_outage_is_told_once_and_so_is_its_end(
         (None, 4),
         (None, 4),
     ):
-        balancer.give_back(balancer.take(1), 1, error)
+        over(balancer, balancer.take(1), error)
         clock += seconds
         told.append([record.getMessage() for record in caplog.records])
         caplog.clear()
-    assert told[4] == ["a:1: no answer for 8 s, it is asked again; UNAVAILABLE: "]
+    assert told[4] == ["a:1: 3 calls in a row have failed, the first 8 s ago; UNAVAILABLE: "]
     assert told[6] == ["a:1: answers again"]
     assert [len(lines) for lines in told] == [0, 0, 0, 0, 1, 0, 1, 0]
     assert endpoint.outstanding_tokens == 0
+
+
+async def test_a_call_that_ends_on_this_side_says_nothing_of_the_teacher() -> None:
+    def behave(call: int, context: grpc.ServicerContext) -> pb.GetTeacherResponse:
+        if call == 1:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "not now")
+        time.sleep(1.0)
+        return named("late")
+
+    with server(behave) as (address, calls):
+        async with AsyncTeacherClient(address, retry=RetryPolicy(attempts=1)) as client:
+            (endpoint,) = client._balancer.endpoints
+            with pytest.raises(TutelageError, match="UNAVAILABLE"):
+                await client.get_teacher()
+            waiting = asyncio.create_task(client.get_teacher())
+            while len(calls) < 2:  # noqa: ASYNC110 - calls come from the server's threads
+                await asyncio.sleep(0.01)
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
+            assert endpoint.failures == 1
+            assert endpoint.outstanding_tokens == 0
+            client._balancer.observe(endpoint, TutelageError("CANCELLED", "client: it is closed"))
+            assert endpoint.failures == 1
+            await client.get_teacher()
+            assert endpoint.failures == 0
 
 
 def test_no_address_is_refused() -> None:

@@ -40,31 +40,31 @@ def run_file(objective: dict[str, Any], prompt_tokens: int | None = 20) -> RunCo
 
 def found(config: RunConfig, teacher: str, limits: Limits) -> list[str]:
     findings = list(check_requests(config, {teacher: limits}))
-    assert all((each.level, each.subject) == ("fail", f"teacher {teacher}") for each in findings)
+    assert all((each.level, each.subject) == ("warn", f"teacher {teacher}") for each in findings)
     return [each.message for each in findings]
 
 
 @pytest.mark.parametrize(
-    ("teacher", "objective", "prompt_tokens", "tokens"),
+    ("teacher", "view", "objective", "prompt_tokens", "tokens"),
     [
-        ("big", PLAIN, 20, 4 * 100 + 20),
-        ("big", PLAIN, None, 4 * 100 + 1),
-        ("author", JUDGED, 20, 4 * (100 + 20)),
+        ("big", "teacher", PLAIN, 20, 4 * 100 + 20),
+        ("big", "teacher", PLAIN, None, 4 * 100 + 1),
+        ("author", "judge", JUDGED, 20, 4 * (100 + 20)),
         # The last two chunks begin after 80 and 90 tokens, are read after the prompt and written 4 times.
-        ("author", AUDITED, 20, 4 * (100 + 80 + 90 + 2 * (20 + 4 * 10))),
+        ("author", "audit", AUDITED, 20, 4 * (100 + 80 + 90 + 2 * (20 + 4 * 10))),
     ],
     ids=["log-probabilities", "a prompt of any length", "judge", "writer"],
 )
 def test_a_group_of_more_tokens_than_a_request_may_have_is_named(
-    teacher: str, objective: dict[str, Any], prompt_tokens: int | None, tokens: int
+    teacher: str, view: str, objective: dict[str, Any], prompt_tokens: int | None, tokens: int
 ) -> None:
     config = run_file(objective, prompt_tokens)
     exactly = Limits(max_request_tokens=tokens)
     assert found(config, teacher, exactly) == []
     (message,) = found(config, teacher, replace(exactly, max_request_tokens=tokens - 1))
     assert message.startswith(
-        "would refuse a group of 4 responses of 100 tokens: "
-        f"request tokens: got {tokens}, allowed are {tokens - 1}; lower samples_per_prompt"
+        f"would refuse a group of 4 responses of 100 tokens (view {view}): "
+        f"request tokens: got {tokens}, allowed are {tokens - 1}; "
     )
 
 
@@ -81,3 +81,10 @@ def test_an_answer_of_more_bytes_than_a_message_may_have_is_named() -> None:
 def test_more_responses_than_a_request_may_have_are_named() -> None:
     (message,) = found(run_file(PLAIN), "big", Limits(max_sequences=3))
     assert "sequences: got 4, allowed are 1 to 3" in message
+
+
+def test_nothing_is_said_of_responses_that_are_read_from_a_file() -> None:
+    config = run_file(PLAIN)
+    sampling = config.sampling.model_copy(update={"sampler": "file:scores.parquet"})
+    assert found(config, "big", Limits(max_request_tokens=10))
+    assert not found(config.model_copy(update={"sampling": sampling}), "big", Limits(max_request_tokens=10))

@@ -176,15 +176,18 @@ class AsyncTeacherClient:
         attempts = Attempts(self._retry, timeout)
         while True:
             endpoint = self._balancer.take(tokens)
-            error = None
             try:
                 call = getattr(endpoint.connection, method)
                 with self._closing_is_an_error():
-                    return await call(message, timeout=attempts.remaining(), metadata=metadata)
+                    answer = await call(message, timeout=attempts.remaining(), metadata=metadata)
             except grpc.RpcError as raised:
                 error = as_tutelage_error(raised)
+                self._balancer.observe(endpoint, error)
+            else:
+                self._balancer.observe(endpoint)
+                return answer
             finally:
-                self._balancer.give_back(endpoint, tokens, error)
+                self._balancer.give_back(endpoint, tokens)
             await self._pause(attempts.pause_after(error, self._balancer.rest_seconds()))
 
     async def _pause(self, seconds: float) -> None:

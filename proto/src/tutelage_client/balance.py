@@ -1,4 +1,7 @@
-"""Which of several addresses gets the next request: the one with the fewest tokens outstanding."""
+"""Which of several addresses gets the next request: the one with the fewest tokens outstanding.
+
+An address may be a name that stands for several replicas; gRPC gives them their turns (see connect.py).
+"""
 
 from __future__ import annotations
 
@@ -71,27 +74,41 @@ class Balancer(Generic[T]):
             chosen.outstanding_tokens += max(tokens, 1)
             return chosen
 
-    def give_back(self, endpoint: Endpoint[T], tokens: int, error: TutelageError | None = None) -> None:
-        """The call of `tokens` is over, and `error` is what came instead of an answer."""
+    def give_back(self, endpoint: Endpoint[T], tokens: int) -> None:
+        """The call of `tokens` is over."""
         with self._lock:
             endpoint.outstanding_tokens -= max(tokens, 1)
-            now = time.monotonic()
-            if error is not None and error.code in UNREACHABLE:
-                rest = min(_FIRST_REST_SECONDS * 2.0**endpoint.failures, _LONGEST_REST_SECONDS)
-                if not endpoint.failures:
-                    endpoint.failing_since = now
-                endpoint.failures += 1
-                endpoint.failed_at = now
-                endpoint.resting_until = now + rest
-                _tell_outage(endpoint, now - endpoint.failing_since, error)
-                return
-            if endpoint.outage_told:
-                logger.warning("%s: answers again", endpoint.address)
-            endpoint.failures = 0
-            endpoint.resting_until = 0.0
-            endpoint.outage_told = False
-            if error is not None and error.code == "RESOURCE_EXHAUSTED" and error.retry_after is not None:
-                endpoint.full_until = now + max(error.retry_after, _SHORTEST_FULL_SECONDS)
+
+    def observe(self, endpoint: Endpoint[T], error: TutelageError | None = None) -> None:
+        """The endpoint answered, or `error` came instead; CANCELLED is of this side and says nothing."""
+        if error is not None and error.code == "CANCELLED":
+            return
+        with self._lock:
+            news = self._note(endpoint, error, time.monotonic())
+        if news:
+            logger.warning("%s: %s", endpoint.address, news)
+
+    def _note(self, endpoint: Endpoint[T], error: TutelageError | None, now: float) -> str:
+        """What there is to tell of it, mostly nothing."""
+        if error is not None and error.code in UNREACHABLE:
+            rest = min(_FIRST_REST_SECONDS * 2.0**endpoint.failures, _LONGEST_REST_SECONDS)
+            if not endpoint.failures:
+                endpoint.failing_since = now
+            endpoint.failures += 1
+            endpoint.failed_at = now
+            endpoint.resting_until = now + rest
+            seconds = now - endpoint.failing_since
+            if endpoint.outage_told or seconds < _TOLD_AFTER_SECONDS:
+                return ""
+            endpoint.outage_told = True
+            return f"{endpoint.failures} calls in a row have failed, the first {seconds:.0f} s ago; {error}"
+        news = "answers again" if endpoint.outage_told else ""
+        endpoint.failures = 0
+        endpoint.resting_until = 0.0
+        endpoint.outage_told = False
+        if error is not None and error.code == "RESOURCE_EXHAUSTED" and error.retry_after is not None:
+            endpoint.full_until = now + max(error.retry_after, _SHORTEST_FULL_SECONDS)
+        return news
 
     def add_load(self, endpoint: Endpoint[T], tokens: int) -> None:
         """Count `tokens` more on an endpoint that is taken, or fewer when negative."""
@@ -102,12 +119,6 @@ class Balancer(Generic[T]):
         """Seconds until an endpoint is awake; 0 when one is."""
         with self._lock:
             return max(0.0, min(e.awake_at for e in self.endpoints) - time.monotonic())
-
-
-def _tell_outage(endpoint: Endpoint[T], seconds: float, error: TutelageError) -> None:
-    if seconds >= _TOLD_AFTER_SECONDS and not endpoint.outage_told:
-        endpoint.outage_told = True
-        logger.warning("%s: no answer for %.0f s, it is asked again; %s", endpoint.address, seconds, error)
 
 
 def as_addresses(addresses: str | Sequence[str]) -> tuple[str, ...]:

@@ -35,7 +35,8 @@ class TeacherClient:
     """Asks one teacher, behind one or several addresses, for scores.
 
     Args:
-        addresses: "host:port", or several of replicas that serve the same teacher.
+        addresses: "host:port", or several of replicas that serve the same teacher. The replicas of a name
+            are asked in turn; of several addresses the one with the fewest tokens outstanding.
         token: bearer token, when the service asks for one.
         tls: encrypts the connection; None for plain text.
         retry: see RetryPolicy.
@@ -208,14 +209,17 @@ class TeacherClient:
         attempts = Attempts(self._retry, timeout)
         while True:
             endpoint = self._balancer.take(tokens)
-            error = None
             try:
                 call = getattr(endpoint.connection, method)
-                return self._begin(call, message, attempts.remaining(), metadata)
+                answer = self._begin(call, message, attempts.remaining(), metadata)
             except grpc.RpcError as raised:
                 error = self._error(raised)
+                self._balancer.observe(endpoint, error)
+            else:
+                self._balancer.observe(endpoint)
+                return answer
             finally:
-                self._balancer.give_back(endpoint, tokens, error)
+                self._balancer.give_back(endpoint, tokens)
             self._closed.wait(attempts.pause_after(error, self._balancer.rest_seconds()))
 
     def _begin(self, method: Any, message: object, timeout: float | None, metadata: Metadata) -> Any:

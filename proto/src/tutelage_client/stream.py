@@ -45,6 +45,7 @@ class OpenStream(Generic[T]):
             waiting = self._waiting.get(message.request_id)
             if waiting:
                 self._balancer.add_load(self.endpoint, -waiting.pop())
+        self._balancer.observe(self.endpoint)
         return codec.stream_answer_from_proto(message)
 
     def requests_failed(self, cause: Exception) -> None:
@@ -67,4 +68,6 @@ class OpenStream(Generic[T]):
             rest = sum(map(sum, self._waiting.values()))
             self._waiting.clear()
             self._balancer.add_load(self.endpoint, -rest)
-        self._balancer.give_back(self.endpoint, 0, error)
+        self._balancer.give_back(self.endpoint, 0)
+        if error is not None:
+            self._balancer.observe(self.endpoint, error)
