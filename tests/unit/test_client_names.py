@@ -19,7 +19,7 @@ from tutelage_client import AsyncTeacherClient, TeacherClient
 
 A, ANSWERED = 1, 0x8580  # record type; flags: a response, authoritative, nothing wrong
 FIRST, SECOND = "127.0.0.2", "127.0.0.3"
-AGE_SECONDS = 2
+AGE_SECONDS, TIMEOUT_SECONDS = 2, 60.0
 
 
 class Names:
@@ -85,19 +85,19 @@ def replica(host: str, port: int = 0) -> Iterator[int]:
         running.stop(None).wait()
 
 
-Ask = Callable[[float], str]
+Ask = Callable[[], str]
 
 
 @contextmanager
 def blocking(target: str) -> Iterator[Ask]:
     with TeacherClient(target) as client:
-        yield lambda timeout: client.get_teacher(timeout=timeout).identity.name
+        yield lambda: client.get_teacher(timeout=TIMEOUT_SECONDS).identity.name
 
 
 @contextmanager
 def in_a_loop(target: str) -> Iterator[Ask]:
-    async def ask(client: AsyncTeacherClient, timeout: float) -> str:  # noqa: ASYNC109
-        return (await client.get_teacher(timeout=timeout)).identity.name
+    async def ask(client: AsyncTeacherClient) -> str:
+        return (await client.get_teacher(timeout=TIMEOUT_SECONDS)).identity.name
 
     with asyncio.Runner() as runner:
 
@@ -105,7 +105,7 @@ def in_a_loop(target: str) -> Iterator[Ask]:
             return AsyncTeacherClient(target)
 
         client = runner.run(connect())
-        yield lambda timeout: runner.run(ask(client, timeout))
+        yield lambda: runner.run(ask(client))
         runner.run(client.close())
 
 
@@ -119,13 +119,13 @@ def test_a_replaced_replica_is_found_under_its_new_address(
     with ExitStack() as stack:
         with replica(FIRST) as port:
             ask = stack.enter_context(connected(names.target(port)))
-            assert ask(60.0) == FIRST
+            assert ask() == FIRST
         names.addresses = ()
         back = threading.Timer(away, lambda: setattr(names, "addresses", (SECOND,)))
         back.start()
         began = time.monotonic()
         with replica(SECOND, port):
-            assert ask(60.0) == SECOND
+            assert ask() == SECOND
         assert time.monotonic() - began < 20.0
         back.join()
 
@@ -136,13 +136,13 @@ def test_all_replicas_of_a_name_are_asked_in_turn_and_a_new_one_is_found(
 ) -> None:
     names.addresses = (FIRST,)
     with replica(FIRST) as port, connected(names.target(port)) as ask:
-        assert ask(60.0) == FIRST
+        assert ask() == FIRST
         with replica(SECOND, port):
             names.addresses = (FIRST, SECOND)
             answers: Counter[str] = Counter()
             end = time.monotonic() + 30.0
             while min(answers[FIRST], answers[SECOND]) < 20:
                 assert time.monotonic() < end, f"one of them is not asked: {answers}"
-                answers[ask(60.0)] += 1
+                answers[ask()] += 1
         names.addresses = (FIRST,)
-        assert {ask(60.0) for _ in range(20)} == {FIRST}
+        assert {ask() for _ in range(20)} == {FIRST}
