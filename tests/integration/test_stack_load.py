@@ -53,6 +53,7 @@ def test_callers_run_from_what_is_packed_and_tell_what_they_have_seen(tmp_path: 
             options |= {
                 "grpc": [teacher.grpc for teacher in teachers],
                 "http": [teacher.http.removeprefix("http://") for teacher in teachers],
+                "name": teachers[1].grpc,
             }
             with log.open("w") as out:
                 callers = subprocess.Popen(
@@ -79,4 +80,5 @@ def test_callers_run_from_what_is_packed_and_tell_what_they_have_seen(tmp_path: 
     answered = seen["answered"]
     assert isinstance(answered, dict)
     assert answered["grpc"] > 0
+    assert answered["grpc by name"] > 0
     assert answered["http"] > 0
