@@ -9,12 +9,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent import futures
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
-import grpc
 import pytest
-from tutelage.v1 import teacher_pb2 as pb
+from support.get_teacher import get_teacher_server, named
 from tutelage_client import AsyncTeacherClient, TeacherClient
 
 A, ANSWERED = 1, 0x8580  # record type; flags: a response, authoritative, nothing wrong
@@ -63,26 +61,9 @@ def names() -> Iterator[Names]:
     server.close()
 
 
-@contextmanager
-def replica(host: str, port: int = 0) -> Iterator[int]:
-    """A GetTeacher that answers with its own address as the teacher's name; yields its port."""
-
-    def get_teacher(_request: bytes, _context: grpc.ServicerContext) -> bytes:
-        return pb.GetTeacherResponse(identity=pb.Identity(name=host), ready=True).SerializeToString()
-
-    handler = grpc.unary_unary_rpc_method_handler(get_teacher)
-    running = grpc.server(
-        futures.ThreadPoolExecutor(2), options=[("grpc.max_connection_age_ms", AGE_SECONDS * 1000)]
-    )
-    running.add_generic_rpc_handlers(
-        (grpc.method_handlers_generic_handler("tutelage.v1.TeacherService", {"GetTeacher": handler}),)
-    )
-    bound = running.add_insecure_port(f"{host}:{port}")
-    running.start()
-    try:
-        yield bound
-    finally:
-        running.stop(None).wait()
+def replica(host: str, port: int = 0) -> AbstractContextManager[int]:
+    """Answers with its own address as the teacher's name; gives its port."""
+    return get_teacher_server(lambda _: named(host), host, port, max_age_ms=AGE_SECONDS * 1000)
 
 
 Ask = Callable[[], str]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterator
-from concurrent import futures
 from contextlib import contextmanager
 
 import grpc
 import numpy as np
 import pytest
+from support.get_teacher import get_teacher_server, named
 from tutelage.v1 import teacher_pb2 as pb
 from tutelage_client import AsyncTeacherClient, RetryPolicy, TeacherClient, TutelageError, codec
 from tutelage_client.balance import Balancer, Endpoint
@@ -33,25 +33,12 @@ def server(behave: Behaviour, port: int = 0) -> Iterator[tuple[str, list[float]]
     """A GetTeacher that behaves as told on its n-th call; yields its address and the times of calls."""
     calls: list[float] = []
 
-    def get_teacher(_request: bytes, context: grpc.ServicerContext) -> bytes:
+    def answer(context: grpc.ServicerContext) -> pb.GetTeacherResponse:
         calls.append(time.monotonic())
-        return behave(len(calls), context).SerializeToString()
+        return behave(len(calls), context)
 
-    handler = grpc.unary_unary_rpc_method_handler(get_teacher)
-    running = grpc.server(futures.ThreadPoolExecutor(4))
-    running.add_generic_rpc_handlers(
-        (grpc.method_handlers_generic_handler("tutelage.v1.TeacherService", {"GetTeacher": handler}),)
-    )
-    bound = running.add_insecure_port(f"127.0.0.1:{port}")
-    running.start()
-    try:
+    with get_teacher_server(answer, port=port) as bound:
         yield f"127.0.0.1:{bound}", calls
-    finally:
-        running.stop(None)
-
-
-def named(name: str) -> pb.GetTeacherResponse:
-    return pb.GetTeacherResponse(identity=pb.Identity(name=name), ready=True)
 
 
 def failing(code: grpc.StatusCode, times: int, retry_after: str | None = None) -> Behaviour:
